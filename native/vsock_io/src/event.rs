@@ -1,0 +1,206 @@
+//! How results leave the I/O thread: one [`Completion`] per token through an [`EventSink`].
+//!
+//! [`EventQueue`] is the sink used in practice: a queue with a bound on the bytes it holds and
+//! an eventfd that is readable while it is not empty. The I/O thread pushes, the owner's event
+//! loop polls the eventfd and drains. Neither side ever waits for the other.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+
+use crate::status::Code;
+
+/// The token of events that belong to no operation: a panic on the I/O thread.
+pub const FATAL_TOKEN: u64 = 0;
+
+/// What an operation yields beside its code.
+#[derive(Debug)]
+pub enum Value {
+    /// Nothing.
+    None,
+    /// A reply's payload.
+    Bytes(Vec<u8>),
+    /// A descriptor that the receiver owns from now on.
+    Fd(OwnedFd),
+    /// A number of bytes.
+    Count(u64),
+}
+
+/// The end of one operation.
+#[derive(Debug)]
+pub struct Completion {
+    /// The number the caller gave the operation.
+    pub token: u64,
+    /// How it ended.
+    pub code: Code,
+    /// Its result; copies report their count on failure too.
+    pub value: Value,
+    /// Error text, empty on success.
+    pub message: String,
+}
+
+impl Completion {
+    /// A success.
+    #[must_use]
+    pub fn ok(token: u64, value: Value) -> Self {
+        Self {
+            token,
+            code: Code::OK,
+            value,
+            message: String::new(),
+        }
+    }
+
+    /// A failure without a value.
+    #[must_use]
+    pub fn failed(token: u64, code: Code, message: impl Into<String>) -> Self {
+        Self {
+            token,
+            code,
+            value: Value::None,
+            message: message.into(),
+        }
+    }
+}
+
+/// Where completions go. Called on the I/O thread and, for operations refused at once, on the
+/// caller's: it must neither block nor panic.
+pub trait EventSink: Send + Sync {
+    /// Deliver the end of an operation. Never dropped: each token is reported exactly once.
+    fn complete(&self, completion: Completion);
+
+    /// Report that a part of the I/O thread died. Its operations are completed separately.
+    fn fatal(&self, message: String) {
+        self.complete(Completion::failed(FATAL_TOKEN, Code::INTERNAL, message));
+    }
+}
+
+/// A queue of completions and an eventfd that is readable while the queue is not empty.
+///
+/// Memory is bounded: when the payloads waiting exceed the budget, a further payload is dropped
+/// and its completion becomes `RESOURCE_EXHAUSTED`. The completion itself is never lost.
+#[derive(Debug)]
+pub struct EventQueue {
+    ready: OwnedFd,
+    byte_budget: usize,
+    state: Mutex<QueueState>,
+}
+
+#[derive(Debug, Default)]
+struct QueueState {
+    completions: VecDeque<Completion>,
+    queued_bytes: usize,
+}
+
+impl EventQueue {
+    /// Payload bytes a queue holds unless told otherwise: 16 replies of the largest size.
+    pub const DEFAULT_BYTE_BUDGET: usize = 64 << 20;
+
+    /// Create a queue that holds at most `byte_budget` payload bytes.
+    ///
+    /// # Errors
+    /// The process has no descriptor left for the eventfd.
+    pub fn new(byte_budget: usize) -> std::io::Result<Self> {
+        let ready = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self {
+            ready,
+            byte_budget,
+            state: Mutex::default(),
+        })
+    }
+
+    /// Take every queued completion, in order, and reset the eventfd.
+    pub fn drain(&self) -> VecDeque<Completion> {
+        let mut state = self.lock();
+        let mut counter = [0; 8];
+        // Always, and under the lock: a push is announced after its lock is released, so the
+        // eventfd can be readable with the queue already empty. EAGAIN means nothing to reset.
+        let _was_reset = rustix::io::read(&self.ready, &mut counter);
+        state.queued_bytes = 0;
+        std::mem::take(&mut state.completions)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
+        // The state is consistent between any two statements, so poisoning means nothing here.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl EventSink for EventQueue {
+    fn complete(&self, mut completion: Completion) {
+        let mut state = self.lock();
+        if let Value::Bytes(bytes) = &completion.value {
+            let total = state.queued_bytes.saturating_add(bytes.len());
+            if total > self.byte_budget {
+                completion = Completion::failed(
+                    completion.token,
+                    Code::RESOURCE_EXHAUSTED,
+                    "too many reply bytes wait to be collected",
+                );
+            } else {
+                state.queued_bytes = total;
+            }
+        }
+        let was_empty = state.completions.is_empty();
+        state.completions.push_back(completion);
+        drop(state);
+        if was_empty {
+            // EAGAIN would mean a counter at its maximum: readable, which is the point.
+            while rustix::io::write(&self.ready, &1_u64.to_ne_bytes()) == Err(Errno::INTR) {}
+        }
+    }
+}
+
+impl AsFd for EventQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ready.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    use super::*;
+
+    fn is_readable(queue: &EventQueue) -> bool {
+        let mut fds = [PollFd::new(queue, PollFlags::IN)];
+        poll(
+            &mut fds,
+            Some(&Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            }),
+        )
+        .unwrap()
+            == 1
+    }
+
+    #[test]
+    fn eventfd_is_readable_exactly_while_the_queue_is_not_empty() {
+        let queue = EventQueue::new(100).unwrap();
+        assert!(!is_readable(&queue));
+        queue.complete(Completion::ok(1, Value::None));
+        queue.complete(Completion::ok(2, Value::Count(5)));
+        assert!(is_readable(&queue));
+        let tokens: Vec<u64> = queue.drain().into_iter().map(|c| c.token).collect();
+        assert_eq!(tokens, [1, 2]);
+        assert!(!is_readable(&queue));
+        assert!(queue.drain().is_empty());
+    }
+
+    #[test]
+    fn a_payload_past_the_budget_is_dropped_but_its_completion_is_not() {
+        let queue = EventQueue::new(10).unwrap();
+        queue.complete(Completion::ok(1, Value::Bytes(vec![0; 8])));
+        queue.complete(Completion::ok(2, Value::Bytes(vec![0; 8])));
+        let drained = queue.drain();
+        assert_eq!(drained[0].code, Code::OK);
+        assert_eq!(drained[1].code, Code::RESOURCE_EXHAUSTED);
+        queue.complete(Completion::ok(3, Value::Bytes(vec![0; 8])));
+        assert_eq!(queue.drain()[0].code, Code::OK);
+    }
+}

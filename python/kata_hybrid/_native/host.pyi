@@ -1,0 +1,38 @@
+"""Linux calls that Python's standard library lacks."""
+
+def set_child_subreaper() -> None:
+    """prctl(PR_SET_CHILD_SUBREAPER): orphaned grandchildren become ours.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+
+def set_thread_name(name: str) -> None:
+    """prctl(PR_SET_NAME) of the calling thread: what ps shows, at most 15 bytes."""
+
+def enter_private_mount_namespace() -> None:
+    """unshare(CLONE_NEWNS), then make / recursively slave and shared.
+
+    Host mounts still arrive; ours stay inside and vanish with the last process in it. Must be
+    called while the process has one thread.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+
+def mount(source: str, target: str, fstype: str, options: list[str]) -> None:
+    """mount(2) with fstab-style options; flags are recognised, the rest is data.
+
+    ``rbind``/``bind`` with ``ro`` also does the needed remount. Overlay data longer than a page
+    goes through fsopen/fsconfig.
+
+    Raises:
+        OSError: the kernel refused; ``filename`` is the target.
+    """
+
+def unmount(target: str) -> None:
+    """umount2(MNT_DETACH | UMOUNT_NOFOLLOW). A target that is no mount point is no error.
+
+    Raises:
+        OSError: the kernel refused.
+    """

@@ -1,0 +1,1 @@
+"""The client side of the guest agent's protocol."""

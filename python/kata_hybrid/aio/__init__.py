@@ -1,0 +1,1 @@
+"""What asyncio lacks here: supervised tasks, child processes with a reaper, native completions."""

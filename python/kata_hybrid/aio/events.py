@@ -1,0 +1,127 @@
+"""Native completions on the event loop: the only reader of the event port.
+
+Native threads queue events and make the port's descriptor readable; :class:`NativeEvents` drains
+it in one call and resolves the future that waits for each token. No native thread runs Python.
+
+A waiter may be cancelled while the native operation goes on. Its token stays known until its event
+arrives, so a value that owns something (a descriptor) can be released by ``on_abandoned``.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from kata_hybrid._native.events import Event, EventPort
+from kata_hybrid.errors import UnavailableError, error_from_code
+
+_LOG = logging.getLogger(__name__)
+
+_CANCELLED: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Waiter:
+    future: asyncio.Future[object]
+    on_abandoned: Callable[[object], None] | None
+
+
+class NativeEvents:
+    """Hands out tokens and resolves them."""
+
+    def __init__(self, port: EventPort) -> None:
+        """Start to listen to ``port`` on the running loop."""
+        self._port = port
+        self._loop = asyncio.get_running_loop()
+        self._waiters: dict[int, _Waiter] = {}
+        self._last_token = 0
+        self._is_closed = False
+        self._loop.add_reader(port.fileno(), self._drain)
+
+    @property
+    def port(self) -> EventPort:
+        """The port native objects report to."""
+        return self._port
+
+    def expect(
+        self, *, on_abandoned: Callable[[object], None] | None = None
+    ) -> tuple[int, asyncio.Future[object]]:
+        """Return a fresh token and the future its event resolves.
+
+        The future raises the KataError subclass of the event's code. One that nobody awaits is
+        not reported as forgotten.
+
+        Raises:
+            UnavailableError: closed.
+        """
+        if self._is_closed:
+            message = "native events are closed"
+            raise UnavailableError(message)
+        self._last_token += 1
+        future: asyncio.Future[object] = self._loop.create_future()
+        future.add_done_callback(_mark_observed)
+        self._waiters[self._last_token] = _Waiter(future=future, on_abandoned=on_abandoned)
+        return self._last_token, future
+
+    async def call(
+        self,
+        start: Callable[[int], object],
+        *,
+        on_abandoned: Callable[[object], None] | None = None,
+    ) -> object:
+        """Start an operation with a fresh token and wait for its event.
+
+        The operation itself bounds the wait (every native call takes a deadline).
+
+        Raises:
+            KataError: the subclass of the event's code, or what ``start`` raised.
+        """
+        token, future = self.expect(on_abandoned=on_abandoned)
+        try:
+            start(token)
+        except BaseException:
+            del self._waiters[token]
+            raise
+        return await future
+
+    def close(self) -> None:
+        """Stop listening; whoever still waits gets UnavailableError. Idempotent.
+
+        Close the native objects first, so that their last events have arrived.
+        """
+        if self._is_closed:
+            return
+        self._drain()
+        self._is_closed = True
+        self._loop.remove_reader(self._port.fileno())
+        waiters, self._waiters = self._waiters, {}
+        for waiter in waiters.values():
+            if not waiter.future.done():
+                waiter.future.set_exception(UnavailableError("native events are closed"))
+
+    def _drain(self) -> None:
+        for event in self._port.drain():
+            waiter = self._waiters.pop(event.token, None)
+            if waiter is None:
+                _LOG.warning("event of unknown token", extra={"token": event.token})
+            else:
+                _resolve(waiter, event)
+
+
+def _resolve(waiter: _Waiter, event: Event) -> None:
+    if waiter.future.done():
+        if event.code == 0 and waiter.on_abandoned is not None:
+            waiter.on_abandoned(event.value)
+    elif event.code == 0:
+        waiter.future.set_result(event.value)
+    elif event.code == _CANCELLED:
+        # Not a cancellation of the waiting task: the native side was closed under it.
+        waiter.future.set_exception(UnavailableError(event.message or "connection closed"))
+    else:
+        waiter.future.set_exception(error_from_code(event.code, event.message))
+
+
+def _mark_observed(future: asyncio.Future[object]) -> None:
+    if not future.cancelled():
+        future.exception()

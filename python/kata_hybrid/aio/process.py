@@ -1,0 +1,163 @@
+"""Child processes of the shim, and the one reaper.
+
+The serving shim is a child subreaper, so orphans of its helpers become its children. One handler
+for SIGCHLD calls ``waitpid(-1)`` until nothing is left: exits of processes spawned here resolve
+their futures, adopted orphans are just reaped. Nothing else in the process may wait for children.
+
+Children start through vfork (``subprocess`` does so without ``preexec_fn``) in their own session,
+and by default die with the shim: ``setpriv`` sets the parent-death signal and execs the program.
+Event loop thread only, which must be the main thread: the signal follows the spawning thread.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from kata_hybrid.types import ProcessIdentity
+
+_LOG = logging.getLogger(__name__)
+_DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL", "--")
+
+
+class Process:
+    """A child spawned by :class:`ProcessReaper`."""
+
+    def __init__(self, identity: ProcessIdentity, *, exited: asyncio.Future[int]) -> None:
+        """Stand for a child whose exit resolves ``exited``."""
+        self._identity = identity
+        self._exited = exited
+
+    @property
+    def pid(self) -> int:
+        """Its pid; once it has exited the number may be another process's."""
+        return self._identity.pid
+
+    @property
+    def identity(self) -> ProcessIdentity:
+        """What tells it from a later process of the same pid."""
+        return self._identity
+
+    @property
+    def has_exited(self) -> bool:
+        """It has ended and been reaped."""
+        return self._exited.done()
+
+    async def exited(self) -> int:
+        """Wait for its end.
+
+        Returns:
+            The exit status, or minus the signal that killed it.
+        """
+        return await asyncio.shield(self._exited)
+
+    def kill(self, signal_number: int = signal.SIGKILL) -> None:
+        """Send a signal; nothing happens when it has ended.
+
+        Raises:
+            PermissionError: it changed its credentials.
+        """
+        if not self._exited.done():
+            # Not reaped yet, so the pid is still its own, be it only a zombie.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal_number)
+
+
+class ProcessReaper:
+    """Spawns children and collects every exit."""
+
+    def __init__(self) -> None:
+        """Handle SIGCHLD on the running loop, which must belong to the main thread."""
+        self._loop = asyncio.get_running_loop()
+        self._waiters: dict[int, tuple[subprocess.Popen[bytes], asyncio.Future[int]]] = {}
+        self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
+
+    async def spawn(
+        self,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        name: str = "",
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.DEVNULL,
+        stderr: int = subprocess.DEVNULL,
+        pass_fds: Sequence[int] = (),
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        dies_with_parent: bool = True,
+    ) -> Process:
+        """Start a program with the given descriptors as its standard streams.
+
+        The caller keeps (and closes) its descriptors. ``pass_fds`` keep their numbers. ``name``
+        is for the record on disk; by default the program's.
+
+        Raises:
+            FileNotFoundError: the program, or ``cwd``, is not there.
+            OSError: it could not be started.
+        """
+        words = [os.fspath(word) for word in argv]
+        search = None if env is None else env.get("PATH", os.defpath)
+        program = shutil.which(words[0], path=search)
+        if program is None:
+            raise FileNotFoundError(2, os.strerror(2), words[0])
+        words[0] = program
+        if dies_with_parent:
+            words = [*_DIE_WITH_PARENT, *words]
+        # Returns once the child has exec'ed: microseconds to a few milliseconds.
+        child = subprocess.Popen(  # noqa: ASYNC220, S603 - see above; callers give fixed programs
+            words,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=pass_fds,
+            cwd=cwd,
+            env=env,
+            start_new_session=True,
+        )
+        # No await since Popen returned, so the reaper has not run: /proc/PID is there.
+        identity = identify(name or Path(program).name, child.pid)
+        exited: asyncio.Future[int] = self._loop.create_future()
+        self._waiters[child.pid] = (child, exited)
+        return Process(identity, exited=exited)
+
+    def close(self) -> None:
+        """Stop reaping. Processes still running are left alone; nobody may wait for them."""
+        self._loop.remove_signal_handler(signal.SIGCHLD)
+        for child, exited in self._waiters.values():
+            child.returncode = 0  # Popen's finalizer must not look for it.
+            exited.cancel()
+        self._waiters.clear()
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            waiter = self._waiters.pop(pid, None)
+            if waiter is None:
+                _LOG.debug("reaped an orphan", extra={"pid": pid, "status": status})
+                continue
+            child, exited = waiter
+            child.returncode = os.waitstatus_to_exitcode(status)
+            if not exited.done():
+                exited.set_result(child.returncode)
+
+
+def identify(name: str, pid: int) -> ProcessIdentity:
+    """Identify a live process (or a zombie not yet reaped).
+
+    Raises:
+        FileNotFoundError: no such process.
+    """
+    stat = Path(f"/proc/{pid}/stat").read_bytes()
+    # The command name in field 2 may hold anything: count from its last parenthesis.
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return ProcessIdentity(name=name, pid=pid, start_ticks=int(fields[19]))

@@ -1,0 +1,1 @@
+"""Configuration: ``configuration.toml`` as Kata writes it, in frozen values."""

@@ -1,0 +1,155 @@
+"""The keys of ``configuration.toml``: for each its table, the field it fills, and its check.
+
+A check takes the TOML value and returns ours, or raises ``ValueError`` with what was expected.
+"""
+
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from kata_hybrid.config.model import MAX_MEMORY_MIB, MIN_MEMORY_MIB, LogLevel, VirtioFsCache
+
+Check = Callable[[object], object]
+_MAX_U32 = 2**32 - 1
+_MAX_VCPUS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Where a key's value goes, and how it is checked."""
+
+    field: str
+    check: Check
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        message = "true or false"
+        raise ValueError(message)  # noqa: TRY004 - one kind of error for every check
+    return value
+
+
+def _integer(minimum: int, maximum: int) -> Check:
+    def check(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            message = f"a whole number from {minimum} to {maximum}"
+            raise ValueError(message)
+        return value
+
+    return check
+
+
+def _vcpus(value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value > _MAX_VCPUS:  # type: ignore[operator,arg-type]
+        message = f"a number of at most {_MAX_VCPUS} (below 0: all of the host's)"
+        raise ValueError(message)
+    return float(value)  # type: ignore[arg-type]
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        message = "a text without NUL characters"
+        raise ValueError(message)
+    return value
+
+
+def _absolute_path(value: object) -> Path:
+    if not isinstance(value, str) or "\0" in value or not value.startswith("/"):
+        message = "an absolute path"
+        raise ValueError(message)
+    return Path(value)
+
+
+def _optional_path(value: object) -> Path | None:
+    return None if value == "" else _absolute_path(value)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        message = "a list of texts"
+        raise ValueError(message)  # noqa: TRY004 - one kind of error for every check
+    return tuple(_text(entry) for entry in value)
+
+
+def _kernel_params(value: object) -> tuple[str, ...]:
+    """Split at blanks outside double quotes, as the kernel does; the quotes stay."""
+    lexer = shlex.shlex(_text(value), posix=False)
+    lexer.whitespace_split = True
+    lexer.quotes = '"'
+    lexer.commenters = ""
+    try:
+        return tuple(lexer)
+    except ValueError as error:
+        message = "kernel parameters with closed quotes"
+        raise ValueError(message) from error
+
+
+def _choice(*allowed: str, aliases: Mapping[str, str] | None = None) -> Check:
+    def check(value: object) -> str:
+        known = (aliases or {}).get(value, value) if isinstance(value, str) else None
+        if known not in allowed:
+            message = f"one of {', '.join(allowed)}"
+            raise ValueError(message)
+        return str(known)
+
+    return check
+
+
+def _enum(kind: type[Enum], *, aliases: Mapping[str, str] | None = None) -> Check:
+    choose = _choice(*(str(member.value) for member in kind), aliases=aliases)
+    return lambda value: kind(choose(value))
+
+
+_PORT = _integer(1, _MAX_U32 - 1)
+_MILLISECONDS = _integer(1, 24 * 3600 * 1000)
+
+QEMU_KEYS: Mapping[str, Key] = {
+    "path": Key("path", _optional_path),
+    "kernel": Key("kernel", _absolute_path),
+    "initrd": Key("initrd", _absolute_path),
+    "machine_type": Key("machine_type", _choice("q35", aliases={"": "q35"})),
+    "machine_accelerators": Key("machine_accelerators", _text),
+    "cpu_features": Key("cpu_features", _text),
+    "kernel_params": Key("kernel_params", _kernel_params),
+    "default_vcpus": Key("default_vcpus", _vcpus),
+    "default_memory": Key("memory_mib", _integer(MIN_MEMORY_MIB, MAX_MEMORY_MIB)),
+    "entropy_source": Key("entropy_source", _absolute_path),
+    "shared_fs": Key("shared_fs", _choice("virtio-fs", aliases={"": "virtio-fs"})),
+    "virtio_fs_daemon": Key("virtio_fs_daemon", _optional_path),
+    "virtio_fs_cache": Key(
+        "virtio_fs_cache", _enum(VirtioFsCache, aliases={"": "never", "none": "never"})
+    ),
+    "virtio_fs_extra_args": Key("virtio_fs_extra_args", _texts),
+    "enable_debug": Key("enable_debug", _boolean),
+}
+
+AGENT_KEYS: Mapping[str, Key] = {
+    "enable_debug": Key("enable_debug", _boolean),
+    "debug_console_enabled": Key("debug_console_enabled", _boolean),
+    "server_port": Key("server_port", _PORT),
+    "log_port": Key("log_port", _PORT),
+    "dial_timeout_ms": Key("dial_interval_ms", _MILLISECONDS),
+    "reconnect_timeout_ms": Key("reconnect_timeout_ms", _MILLISECONDS),
+    "create_container_timeout": Key("request_timeout_s", _integer(1, 24 * 3600)),
+    "health_check_request_timeout_ms": Key("health_check_request_timeout_ms", _MILLISECONDS),
+    "container_pipe_size": Key("container_pipe_size", _integer(0, 1 << 30)),
+}
+
+RUNTIME_KEYS: Mapping[str, Key] = {
+    "hypervisor_name": Key("hypervisor_name", _choice("qemu")),
+    "agent_name": Key("agent_name", _choice("kata")),
+    "name": Key("name", _choice("virt_container")),
+    "enable_debug": Key("enable_debug", _boolean),
+    "log_level": Key("log_level", _enum(LogLevel)),
+    "disable_guest_seccomp": Key("disable_guest_seccomp", _boolean),
+}
+
+TABLES: Mapping[tuple[str, ...], Mapping[str, Key]] = {
+    ("hypervisor", "qemu"): QEMU_KEYS,
+    ("agent", "kata"): AGENT_KEYS,
+    ("runtime",): RUNTIME_KEYS,
+}

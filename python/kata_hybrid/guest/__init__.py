@@ -1,0 +1,1 @@
+"""Building the guest: a kernel, an initial root file system, and a manifest of both."""

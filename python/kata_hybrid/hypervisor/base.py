@@ -1,0 +1,82 @@
+"""The contract of every machine monitor, and the values it is given.
+
+Lifecycle, in this order:
+
+    new ──add_*──▶ new ──start──▶ running ──(guest or host ends it)──▶ exited
+                                     │ stop ─────────────────────────▶ exited
+
+``start`` returns when the monitor runs the guest, not when the guest is up. ``exited`` may be
+awaited any number of times and from ``new`` on; ``stop`` and ``cleanup`` are safe to repeat and
+in every state. Process-neutral: nothing here says whether the machine is a child process, a
+service, or threads of ours.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kata_hybrid.types import BlockDevice, ProcessIdentity, VhostUserFs, VmExit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineConfig:
+    """What a machine is made of; validated by the configuration loader."""
+
+    name: str
+    """Shown in process listings: the sandbox id."""
+    kernel: Path
+    initrd: Path | None
+    kernel_params: tuple[str, ...]
+    vcpu_count: int
+    memory_mib: int
+    run_dir: Path
+    """The sandbox's own directory, mode 0700: every socket and file of the machine is here."""
+
+
+class Hypervisor(Protocol):
+    """One virtual machine."""
+
+    @property
+    def name(self) -> str:
+        """The monitor and its accelerator, such as ``qemu (tcg)``."""
+
+    @property
+    def agent_address(self) -> str:
+        """Where the guest's vsock ports are reached: ``vsock://CID`` or ``hvsock:///path``."""
+
+    @property
+    def processes(self) -> tuple[ProcessIdentity, ...]:
+        """Host processes to be killed if this process dies; empty for one in our own."""
+
+    @property
+    def task_pid(self) -> int:
+        """A live host pid that stands for the guest's processes."""
+
+    def add_shared_folder(self, folder: VhostUserFs) -> None:
+        """Give the guest a virtio-fs device. Before ``start``."""
+
+    def add_disk(self, disk: BlockDevice) -> str:
+        """Give the guest a virtio-blk device. Before ``start``.
+
+        Returns:
+            How the agent finds it: a PCI path such as ``02`` (slots in hex joined by ``/``).
+        """
+
+    async def start(self) -> None:
+        """Start the machine.
+
+        Raises:
+            VmmError: the monitor could not start it; the text has its own last words.
+        """
+
+    async def stop(self) -> None:
+        """End the machine now (no guest shutdown) and wait until it is gone."""
+
+    async def exited(self) -> VmExit:
+        """Wait for the machine to be gone and say why."""
+
+    def console_tail(self) -> str:
+        """The last lines of the guest's console, for an error or a log."""
+
+    async def cleanup(self) -> None:
+        """Release sockets, files and descriptors. After ``stop``."""

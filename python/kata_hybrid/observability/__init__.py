@@ -1,0 +1,1 @@
+"""Logs: where they go, how they look, and what every record says of its origin."""

@@ -1,0 +1,1 @@
+"""Volumes: what a container sees besides its root file system."""

@@ -1,0 +1,1 @@
+"""The OCI runtime specification: reading the host's, writing the guest's."""

@@ -1,0 +1,128 @@
+"""One container: its process and execs, and what it was given on the host.
+
+Built by :func:`prepare` (host side, before or while the guest boots), created in the guest by
+:meth:`Container.create`, given back by :meth:`Container.release`. State changes of processes are
+the sandbox's business (``sandbox.py``); this holds what belongs together.
+"""
+
+import contextlib
+from pathlib import Path
+
+from kata_hybrid.agent.base import Agent
+from kata_hybrid.errors import KataError, ProcessNotFoundError
+from kata_hybrid.resource.rootfs.base import Rootfs
+from kata_hybrid.resource.rootfs.block import BlockRootfs, is_block_rootfs
+from kata_hybrid.resource.rootfs.shared import SharedRootfs
+from kata_hybrid.resource.volume.bind import BindVolumes
+from kata_hybrid.runtimes.base import CreateRequest
+from kata_hybrid.runtimes.oci.rewrite import guest_spec
+from kata_hybrid.runtimes.oci.spec import Spec, SpecMount
+from kata_hybrid.runtimes.virt.guest import Guest
+from kata_hybrid.runtimes.virt.process import Process
+from kata_hybrid.types import ContainerId, ExecId, JsonObject
+
+_REMOVE_TIMEOUT_S = 10
+
+
+class Container:
+    """A container of the sandbox."""
+
+    def __init__(
+        self, request: CreateRequest, spec: Spec, *, rootfs: Rootfs, volumes: BindVolumes
+    ) -> None:
+        """Hold what :func:`prepare` acquired."""
+        self.id: ContainerId = request.container_id
+        self.request = request
+        self.process = Process(
+            request.container_id, None, stdio=request.stdio, bundle=str(request.bundle)
+        )
+        self.execs: dict[ExecId, Process] = {}
+        self.exec_specs: dict[ExecId, JsonObject] = {}
+        self._spec = spec
+        self._rootfs = rootfs
+        self._volumes = volumes
+        self._is_in_guest = False
+
+    def find(self, exec_id: ExecId | None) -> Process:
+        """Return the container's own process, or an exec.
+
+        Raises:
+            ProcessNotFoundError: no such exec.
+        """
+        if exec_id is None:
+            return self.process
+        try:
+            return self.execs[exec_id]
+        except KeyError:
+            message = f"exec {exec_id} of container {self.id} not found"
+            raise ProcessNotFoundError(message) from None
+
+    async def create(self, agent: Agent, *, is_seccomp_disabled: bool) -> None:
+        """Create it in the guest.
+
+        Raises:
+            KataError: whatever the agent answered.
+        """
+        mounts = tuple(self._guest_mount(mount) for mount in self._spec.mounts)
+        spec = guest_spec(
+            self._spec,
+            root_path=self._rootfs.guest_path,
+            mounts=mounts,
+            bundle=str(self.request.bundle),
+            is_seccomp_disabled=is_seccomp_disabled,
+        )
+        self._is_in_guest = True
+        await agent.create_container(
+            self.id,
+            spec=spec,
+            storages=self._rootfs.storages,
+            has_sandbox_pidns=bool(self._spec.namespaces.get("pid")),
+        )
+
+    def _guest_mount(self, mount: SpecMount) -> SpecMount:
+        if not mount.is_bind:
+            return mount
+        source = self._volumes.add(
+            mount.source, destination=mount.destination, is_read_only=mount.is_read_only
+        )
+        return SpecMount(
+            destination=mount.destination, type="bind", source=source, options=mount.options
+        )
+
+    async def remove(self, agent: Agent) -> None:
+        """Remove it from the guest, if it got that far; a guest that is gone is no error."""
+        if self._is_in_guest:
+            self._is_in_guest = False
+            with contextlib.suppress(KataError):
+                await agent.remove_container(self.id, timeout_s=_REMOVE_TIMEOUT_S)
+
+    def release(self) -> None:
+        """Give back what it holds on the host. Idempotent."""
+        for process in (*self.execs.values(), self.process):
+            process.release()
+        self._volumes.release()
+        self._rootfs.release()
+
+
+def prepare(request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:
+    """Acquire a container's root file system on the host.
+
+    Raises:
+        KataError: it is not there or the kernel refused; nothing is left.
+    """
+    rootfs = _rootfs(request, spec, guest=guest)
+    volumes = BindVolumes(guest.folder, name=request.container_id)
+    return Container(request, spec, rootfs=rootfs, volumes=volumes)
+
+
+def _rootfs(request: CreateRequest, spec: Spec, *, guest: Guest) -> Rootfs:
+    if guest.can_add_disk and is_block_rootfs(request.rootfs):
+        block = BlockRootfs(request.rootfs[0], name=request.container_id, serial="rootfs")
+        block.attached(guest.add_disk(block.disk))
+        return block
+    root_path = Path(spec.root_path)
+    if not root_path.is_absolute():
+        root_path = request.bundle / root_path
+    return SharedRootfs(
+        guest.folder, name=request.container_id, mounts=request.rootfs, root_path=root_path
+    )

@@ -1,0 +1,276 @@
+"""The guest of a sandbox: machine, shared folder and agent, brought up and watched as one.
+
+    new ──start──▶ up ──(machine, folder daemon or agent gone, or unhealthy)──▶ lost
+     └───────────────────────────────── stop ──────────────────────────────────▶ stopped
+
+``start`` unwinds in reverse whatever it acquired if any step fails. ``lost`` is the one place that
+knows every way a guest can go away.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol
+
+from kata_hybrid.agent.base import Agent
+from kata_hybrid.aio.supervisor import Supervisor
+from kata_hybrid.config.model import AgentConfig
+from kata_hybrid.errors import KataError, VmExitedError
+from kata_hybrid.hypervisor.base import Hypervisor
+from kata_hybrid.resource.share_fs.base import SharedFolder, ShareFs
+from kata_hybrid.types import (
+    BlockDevice,
+    GuestDetails,
+    GuestStorage,
+    ProcessIdentity,
+    SandboxId,
+)
+
+_log = logging.getLogger(__name__)
+
+WAIT_KEEPS_OUTPUT: Final = "wait-keeps-output"
+"""The agent keeps unread output after an exit was collected, so exits need not wait for it."""
+HEALTH_INTERVAL_S: Final = 30.0
+DEFAULT_SHM_BYTES: Final = 64 << 20
+
+
+class Guest(Protocol):
+    """What a sandbox needs of its guest."""
+
+    @property
+    def agent(self) -> Agent:
+        """The agent in it."""
+
+    @property
+    def folder(self) -> SharedFolder:
+        """What host and guest share."""
+
+    @property
+    def details(self) -> GuestDetails:
+        """What the agent can do. Valid once started."""
+
+    @property
+    def task_pid(self) -> int:
+        """A host pid that stands for the guest's processes, 0 before it is started."""
+
+    @property
+    def can_add_disk(self) -> bool:
+        """Disks can be added: not started yet."""
+
+    @property
+    def is_seccomp_disabled(self) -> bool:
+        """Containers run without their seccomp profile."""
+
+    def add_disk(self, disk: BlockDevice) -> str:
+        """Add a disk and return how the agent finds it."""
+
+    async def start(
+        self,
+        *,
+        hostname: str,
+        dns: tuple[str, ...],
+        on_processes: Callable[[tuple[ProcessIdentity, ...]], None],
+    ) -> None:
+        """Bring it up.
+
+        Raises:
+            KataError: a part failed; nothing is left running.
+        """
+
+    async def lost(self) -> str:
+        """Wait until it is gone or of no use, and say why."""
+
+    def console_tail(self) -> str:
+        """The last lines of its console."""
+
+    async def stop(self) -> None:
+        """End it now and release everything. Idempotent."""
+
+
+class VirtGuest:
+    """A guest in a virtual machine. Implements :class:`Guest`."""
+
+    def __init__(
+        self,
+        sandbox_id: SandboxId,
+        *,
+        hypervisor: Hypervisor,
+        share_fs: ShareFs,
+        agent: Agent,
+        config: AgentConfig,
+        boot_timeout_s: float,
+        is_seccomp_disabled: bool,
+    ) -> None:
+        """Compose the parts; nothing is started."""
+        self.agent = agent
+        self.is_seccomp_disabled = is_seccomp_disabled
+        self.can_add_disk = True
+        self.task_pid = 0
+        self._sandbox_id = sandbox_id
+        self._hypervisor = hypervisor
+        self._share_fs = share_fs
+        self._config = config
+        self._boot_timeout_s = boot_timeout_s
+        self._details: GuestDetails | None = None
+        self._supervisor = Supervisor("guest")
+        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._is_stopped = False
+        self._stopping = asyncio.Lock()
+
+    @property
+    def folder(self) -> SharedFolder:
+        """What host and guest share."""
+        return self._share_fs.folder
+
+    @property
+    def details(self) -> GuestDetails:
+        """What the agent said of itself."""
+        if self._details is None:
+            message = "the guest is not up"
+            raise VmExitedError(message)
+        return self._details
+
+    def add_disk(self, disk: BlockDevice) -> str:
+        """Add a disk before the start."""
+        return self._hypervisor.add_disk(disk)
+
+    async def start(
+        self,
+        *,
+        hostname: str,
+        dns: tuple[str, ...],
+        on_processes: Callable[[tuple[ProcessIdentity, ...]], None],
+    ) -> None:
+        """Bring it up."""
+        began = time.monotonic()
+        try:
+            self.can_add_disk = False
+            await self._share_fs.start()
+            self._hypervisor.add_shared_folder(self._share_fs.device)
+            self._watch(self._share_fs.died(), name="shared folder")
+            await self._hypervisor.start()
+            self.task_pid = self._hypervisor.task_pid
+            self._watch(self._machine_gone(), name="machine")
+            on_processes((*self._hypervisor.processes, *self._share_fs.processes))
+            _log.info(
+                "machine started",
+                extra={"hypervisor": self._hypervisor.name, "ms": _since_ms(began)},
+            )
+            await self._unless_lost(self._meet_agent(hostname=hostname, dns=dns))
+            _log.info("guest up", extra={"ms": _since_ms(began)})
+        except BaseException:
+            await self.stop()
+            raise
+        self._watch(self._agent_gone(), name="agent")
+        self._watch(self._unhealthy(), name="health")
+
+    async def _meet_agent(self, *, hostname: str, dns: tuple[str, ...]) -> None:
+        address = self._hypervisor.agent_address
+        await self.agent.connect(
+            address=address, port=self._config.server_port, timeout_s=self._boot_timeout_s
+        )
+        if self._config.log_port:
+            self._supervisor.start(
+                self.agent.forward_log(address=address, port=self._config.log_port),
+                name="agent log",
+            )
+        folder = self._share_fs.folder
+        storages = (
+            GuestStorage(
+                driver="virtio-fs",
+                source=self._share_fs.device.tag,
+                fstype="virtiofs",
+                options=("nodev",),
+                mount_point=f"{folder.guest_path}/",
+            ),
+            GuestStorage(
+                driver="ephemeral",
+                source="shm",
+                fstype="tmpfs",
+                options=("noexec", "nosuid", "nodev", "mode=1777", f"size={DEFAULT_SHM_BYTES}"),
+                mount_point="/run/kata-containers/sandbox/shm",
+            ),
+        )
+        await self.agent.create_sandbox(
+            self._sandbox_id, hostname=hostname, dns=dns, storages=storages
+        )
+        self._details = await self.agent.guest_details()
+
+    async def _unless_lost(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work``, but give up as soon as the guest is gone."""
+        task = self._supervisor.start(work, name="meet agent")
+        await asyncio.wait({task, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, KataError):
+                await task
+        if self._lost.done():
+            console = self.console_tail()
+            message = f"guest ended before its agent answered: {self._lost.result()}"
+            raise VmExitedError(f"{message}; console:\n{console}" if console else message)
+        await task
+
+    def _watch(self, ending: Coroutine[Any, Any, str], *, name: str) -> None:
+        async def watch() -> None:
+            reason = await ending
+            if not self._lost.done():
+                self._lost.set_result(reason)
+
+        self._supervisor.start(watch(), name=f"{name} watcher")
+
+    async def _machine_gone(self) -> str:
+        end = await self._hypervisor.exited()
+        return f"{end.reason}: {end.detail}" if end.detail else end.reason
+
+    async def _agent_gone(self) -> str:
+        await self.agent.closed()
+        # A machine that ends takes the connection with it: prefer the machine's own reason.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                return await self._machine_gone()
+        return "connection to the guest agent closed"
+
+    async def _unhealthy(self) -> str:
+        while True:
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+            try:
+                await self.agent.check(timeout_s=self._config.health_check_timeout_s)
+            except KataError as exc:
+                return f"guest agent failed its health check: {exc}"
+
+    async def lost(self) -> str:
+        """Wait until it is gone or of no use, and say why."""
+        return await asyncio.shield(self._lost)
+
+    def console_tail(self) -> str:
+        """The last lines of its console."""
+        return self._hypervisor.console_tail()
+
+    async def stop(self) -> None:
+        """End it now and release everything. Idempotent."""
+        async with self._stopping:
+            if not self._is_stopped:
+                self._is_stopped = True
+                await self._stop()
+
+    async def _stop(self) -> None:
+        steps = (
+            self.agent.close,
+            self._hypervisor.stop,
+            self._hypervisor.cleanup,
+            self._share_fs.stop,
+            self._supervisor.close,
+        )
+        for step in steps:
+            try:
+                await step()
+            except KataError as exc:
+                _log.warning("stop step failed", extra={"step": repr(step), "error": str(exc)})
+        if not self._lost.done():
+            self._lost.set_result("stopped")
+
+
+def _since_ms(began: float) -> int:
+    return round((time.monotonic() - began) * 1000)

@@ -1,0 +1,550 @@
+"""The sandbox: one guest and its containers. Implements :class:`kata_hybrid.runtimes.base.Runtime`.
+
+    EMPTY ── first create ──▶ BOOTING ──▶ READY ──┬─ guest lost ──▶ LOST ──┐
+                                 │                └─ last delete ──────────┼──▶ CLOSED
+                                 └── boot failed ──────────────────────────┘
+
+This class alone changes the state of containers and processes, on the loop thread. A request that
+changes a process holds that process's lock; State, Pids and Connect read memory and take none, so
+they answer while the guest hangs. Each process has one watcher, which reports its exit once. When
+the guest is lost every process is ended with status 255, so nobody waits for ever.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Final
+
+from kata_hybrid.agent import convert
+from kata_hybrid.agent.streams import open_streams
+from kata_hybrid.aio.supervisor import Supervisor
+from kata_hybrid.errors import (
+    AgentTimeoutError,
+    ContainerExistsError,
+    ContainerNotFoundError,
+    ExecExistsError,
+    FailedPreconditionError,
+    KataError,
+    NotFoundError,
+    ProcessNotFoundError,
+    UnavailableError,
+)
+from kata_hybrid.persist.store import SandboxStore
+from kata_hybrid.runtimes.base import (
+    CreateRequest,
+    EventSink,
+    ExecAdded,
+    ExecStarted,
+    TaskCreated,
+    TaskDeleted,
+    TaskExited,
+    TaskOom,
+    TaskPaused,
+    TaskResumed,
+    TaskStarted,
+)
+from kata_hybrid.runtimes.oci import spec as oci_spec
+from kata_hybrid.runtimes.oci.rewrite import guest_resources
+from kata_hybrid.runtimes.virt.container import Container, prepare
+from kata_hybrid.runtimes.virt.guest import WAIT_KEEPS_OUTPUT, Guest
+from kata_hybrid.runtimes.virt.process import Process
+from kata_hybrid.types import (
+    ContainerId,
+    ContainerStats,
+    ExecId,
+    ExitInfo,
+    JsonObject,
+    ProcessState,
+    Stdio,
+    TaskStatus,
+)
+
+_log = logging.getLogger(__name__)
+
+SIGKILL: Final = 9
+_ENDING_SIGNALS: Final = frozenset({SIGKILL, 15})
+"""The agent turns SIGTERM for a process that cannot handle it into SIGKILL."""
+LOST_STATUS: Final = 255
+"""Exit status of a process whose guest is gone."""
+KILLED_STATUS: Final = 137
+DRAIN_TIMEOUT_S: Final = 5.0
+"""How long a delete waits for output that nobody reads."""
+EXEC_END_TIMEOUT_S: Final = 2.0
+"""Execs die with their container; how long their own exits may take to arrive first."""
+
+
+class SandboxState(Enum):
+    """Where the sandbox is in the drawing."""
+
+    EMPTY = "empty"
+    BOOTING = "booting"
+    READY = "ready"
+    LOST = "lost"
+    CLOSED = "closed"
+
+
+GuestFactory = Callable[[CreateRequest], Guest]
+
+
+class VirtSandbox:
+    """Containers in a virtual machine."""
+
+    def __init__(
+        self, *, guest_factory: GuestFactory, store: SandboxStore, events: EventSink
+    ) -> None:
+        """Begin EMPTY: the first create makes the guest from ``guest_factory``."""
+        self._guest_factory = guest_factory
+        self._store = store
+        self._events = events
+        self._supervisor = Supervisor("sandbox")
+        self._state = SandboxState.EMPTY
+        self._guest: Guest | None = None
+        self._containers: dict[ContainerId, Container] = {}
+        self._creating: set[ContainerId] = set()
+        self._create_lock = asyncio.Lock()
+
+    # --- create -----------------------------------------------------------------------------
+
+    async def create(self, request: CreateRequest) -> int:
+        """Create a container, and the guest if this is the first."""
+        container_id = request.container_id
+        if container_id in self._containers or container_id in self._creating:
+            message = f"container {container_id} already exists"
+            raise ContainerExistsError(message)
+        spec = oci_spec.load(request.bundle)
+        convert.spec_message(spec.raw)  # names a malformed field before a machine is started
+        self._creating.add(container_id)
+        try:
+            async with self._create_lock:
+                container = await self._create(request, spec)
+        finally:
+            self._creating.discard(container_id)
+        return self._pid(container)
+
+    async def _create(self, request: CreateRequest, spec: oci_spec.Spec) -> Container:
+        async with contextlib.AsyncExitStack() as undo:
+            guest = self._guest
+            if self._state is SandboxState.EMPTY:
+                guest = self._guest_factory(request)
+                undo.push_async_callback(self.close)
+            elif guest is None or self._state is not SandboxState.READY:
+                message = f"sandbox is {self._state.value}: no container can be created in it"
+                raise FailedPreconditionError(message)
+            container = prepare(request, spec, guest=guest)
+            undo.callback(container.release)
+            container.process.streams = open_streams(request.stdio)
+            if self._state is SandboxState.EMPTY:
+                await self._boot(guest, spec)
+            undo.push_async_callback(container.remove, guest.agent)
+            await container.create(guest.agent, is_seccomp_disabled=guest.is_seccomp_disabled)
+            self._check_ready()
+            self._store.update(containers=(*self._containers, container.id))
+            undo.pop_all()
+        self._containers[container.id] = container
+        self._events.emit(
+            TaskCreated(
+                container_id=container.id,
+                bundle=str(request.bundle),
+                rootfs=request.rootfs,
+                stdio=request.stdio,
+                pid=self._pid(container),
+            )
+        )
+        return container
+
+    async def _boot(self, guest: Guest, spec: oci_spec.Spec) -> None:
+        self._state = SandboxState.BOOTING
+        self._guest = guest
+        self._store.update()
+        await guest.start(
+            hostname=spec.hostname,
+            dns=_dns(spec),
+            on_processes=lambda processes: self._store.update(processes=processes),
+        )
+        self._state = SandboxState.READY
+        self._supervisor.start(self._watch_guest(guest), name="guest watcher")
+        self._supervisor.start(self._watch_oom(guest), name="oom watcher")
+
+    def _check_ready(self) -> None:
+        if self._state is not SandboxState.READY:
+            message = "the guest was lost while the container was created"
+            raise UnavailableError(message)
+
+    # --- start and exec ---------------------------------------------------------------------
+
+    async def start(self, container_id: ContainerId, exec_id: ExecId | None) -> int:
+        """Start a container or an exec."""
+        container = self._container(container_id)
+        process = container.find(exec_id)
+        async with process.lock:
+            process.request("start")
+            try:
+                if exec_id is None:
+                    await self._start_container(container, process)
+                else:
+                    await self._start_exec(container, process, exec_id)
+            except BaseException:
+                process.end(LOST_STATUS)
+                process.release()
+                raise
+            self._start_watching(container, process)
+        return self._pid(container)
+
+    def _start_watching(self, container: Container, process: Process) -> None:
+        if process.watcher is None:
+            process.watcher = self._supervisor.start(
+                self._watch(self._ready_guest(), container, process), name=f"watcher of {process}"
+            )
+
+    async def _start_container(self, container: Container, process: Process) -> None:
+        guest = self._ready_guest()
+        await guest.agent.start_container(container.id)
+        await self._run(guest, process)
+        self._events.emit(TaskStarted(container_id=container.id, pid=self._pid(container)))
+
+    async def _start_exec(self, container: Container, process: Process, exec_id: ExecId) -> None:
+        guest = self._ready_guest()
+        if container.process.is_stopped:
+            message = f"container {container.id} init process is not running"
+            raise FailedPreconditionError(message)
+        process.streams = open_streams(process.stdio)
+        await guest.agent.exec_process(
+            container.id, exec_id, process=container.exec_specs[exec_id]
+        )
+        await self._run(guest, process)
+        self._events.emit(
+            ExecStarted(container_id=container.id, exec_id=exec_id, pid=self._pid(container))
+        )
+
+    async def _run(self, guest: Guest, process: Process) -> None:
+        """Connect the streams of a process that has just begun to run."""
+        if process.is_stopped:
+            message = f"{process} ended with its guest while it was started"
+            raise UnavailableError(message)
+        process.move(TaskStatus.RUNNING)
+        if process.streams is not None:
+            process.copies = guest.agent.copy_streams(
+                process.container_id, process.exec_id, streams=process.streams
+            )
+        if process.is_stdin_closed:
+            process.close_stdin()
+        if process.window is not None:
+            rows, columns = process.window
+            with contextlib.suppress(NotFoundError):
+                await guest.agent.resize_terminal(
+                    process.container_id, process.exec_id, rows=rows, columns=columns
+                )
+
+    async def exec(
+        self, container_id: ContainerId, exec_id: ExecId, *, process: JsonObject, stdio: Stdio
+    ) -> None:
+        """Register an exec; nothing is opened yet."""
+        container = self._container(container_id)
+        container.process.request("exec")
+        if exec_id in container.execs:
+            message = f"exec {exec_id} of container {container_id} already exists"
+            raise ExecExistsError(message)
+        oci_spec.check_process(process, "process")
+        convert.process_message(process)
+        container.exec_specs[exec_id] = process
+        container.execs[exec_id] = Process(
+            container_id, exec_id, stdio=stdio, bundle=container.process.bundle
+        )
+        self._events.emit(ExecAdded(container_id=container_id, exec_id=exec_id))
+
+    # --- exit -------------------------------------------------------------------------------
+
+    async def _watch(self, guest: Guest, container: Container, process: Process) -> None:
+        """Wait for a process in the guest to end and report it."""
+        keeps_output = WAIT_KEEPS_OUTPUT in guest.details.extra_features
+        status = LOST_STATUS
+        try:
+            if process.copies is not None and not keeps_output:
+                # This agent drops what is unread when the exit is collected: read to the end first.
+                await process.copies.drained()
+            status = await guest.agent.wait_process(process.container_id, process.exec_id)
+        except KataError as exc:
+            _log.warning("wait failed", extra={"process": str(process), "error": str(exc)})
+        await self._ended(container, process, status)
+
+    async def _ended(self, container: Container, process: Process, status: int) -> None:
+        if process.exec_id is None:
+            await self._end_execs(container)
+        async with process.lock:
+            ended = process.end(status)
+        if ended is not None:
+            self._events.emit(
+                TaskExited(
+                    container_id=process.container_id,
+                    exec_id=process.exec_id,
+                    pid=self._pid(container),
+                    exit=ended,
+                )
+            )
+
+    async def _end_execs(self, container: Container) -> None:
+        """Report every exec's exit before its container's."""
+        running = [
+            process.watcher
+            for process in container.execs.values()
+            if process.watcher is not None and not process.is_stopped
+        ]
+        if running:
+            await asyncio.wait(running, timeout=EXEC_END_TIMEOUT_S)
+        for process in container.execs.values():
+            if process.watcher is not None and not process.is_stopped:
+                await self._ended(container, process, KILLED_STATUS)
+
+    async def _watch_guest(self, guest: Guest) -> None:
+        reason = await guest.lost()
+        if self._state is not SandboxState.READY:
+            return
+        self._state = SandboxState.LOST
+        _log.error("guest lost", extra={"reason": reason, "console": guest.console_tail()})
+        # First, so that no request goes on waiting for it.
+        await guest.stop()
+        await self._end_all()
+        with contextlib.suppress(KataError):
+            self._store.update(processes=())
+
+    async def _end_all(self) -> None:
+        for container in list(self._containers.values()):
+            for process in (*container.execs.values(), container.process):
+                if process.copies is not None:
+                    process.copies.stop()
+                if process.watcher is not None:
+                    await self._ended(container, process, LOST_STATUS)
+                elif process.exec_id is None:
+                    await self._ended(container, process, LOST_STATUS)
+                else:
+                    process.end(LOST_STATUS)
+
+    async def _watch_oom(self, guest: Guest) -> None:
+        """Report memory kills for as long as the guest answers."""
+        while True:
+            try:
+                container_id = await guest.agent.oom_event()
+            except KataError as exc:
+                _log.debug("no more oom events", extra={"error": str(exc)})
+                return
+            if container_id in self._containers:
+                self._events.emit(TaskOom(container_id=container_id))
+
+    async def wait(self, container_id: ContainerId, exec_id: ExecId | None) -> ExitInfo:
+        """Wait for a process to end."""
+        return await self._container(container_id).find(exec_id).wait()
+
+    # --- signals, streams, limits -----------------------------------------------------------
+
+    async def kill(
+        self, container_id: ContainerId, exec_id: ExecId | None, *, signal: int, is_all: bool
+    ) -> None:
+        """Signal a process, or all of a container's."""
+        container = self._container(container_id)
+        process = container.find(exec_id)
+        if process.is_stopped:
+            message = f"{process} has already finished"
+            raise ProcessNotFoundError(message)
+        if exec_id is not None and process.status is TaskStatus.CREATED:
+            message = f"{process}: process not created"
+            raise FailedPreconditionError(message)
+        guest = self._ready_guest()
+        if signal in _ENDING_SIGNALS:
+            # A process created but not started has nobody else to see it end.
+            self._start_watching(container, process)
+        target = None if is_all else exec_id
+        try:
+            await guest.agent.signal_process(container_id, target, signal)
+        except (AgentTimeoutError, UnavailableError):
+            if signal != SIGKILL:
+                raise
+            # A guest that no longer answers is ended from outside.
+            await guest.stop()
+            return
+        if signal == SIGKILL and process.copies is not None:
+            self._supervisor.start(self._bound_drain(process), name=f"drain of {process}")
+
+    async def _bound_drain(self, process: Process) -> None:
+        """After a kill, give readers a while; then the exit must not wait for them."""
+        copies = process.copies
+        if copies is None:
+            return
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                await copies.drained()
+        except TimeoutError:
+            _log.warning("output dropped: nobody reads it", extra={"process": str(process)})
+            copies.stop()
+
+    async def pause(self, container_id: ContainerId) -> None:
+        """Freeze a container."""
+        process = self._container(container_id).process
+        async with process.lock:
+            process.request("pause")
+            process.move(TaskStatus.PAUSING)
+            try:
+                await self._ready_guest().agent.pause_container(container_id)
+            except BaseException:
+                if process.status is TaskStatus.PAUSING:
+                    process.move(TaskStatus.RUNNING)
+                raise
+            if process.status is TaskStatus.PAUSING:
+                process.move(TaskStatus.PAUSED)
+                self._events.emit(TaskPaused(container_id=container_id))
+
+    async def resume(self, container_id: ContainerId) -> None:
+        """Thaw a container."""
+        process = self._container(container_id).process
+        async with process.lock:
+            process.request("resume")
+            await self._ready_guest().agent.resume_container(container_id)
+            if process.status is TaskStatus.PAUSED:
+                process.move(TaskStatus.RUNNING)
+                self._events.emit(TaskResumed(container_id=container_id))
+
+    async def resize(
+        self, container_id: ContainerId, exec_id: ExecId | None, *, rows: int, columns: int
+    ) -> None:
+        """Set a terminal's size; without a terminal there is nothing to do."""
+        process = self._container(container_id).find(exec_id)
+        if not process.stdio.terminal or process.is_stopped:
+            return
+        process.window = (rows, columns)
+        if process.copies is not None:
+            await self._ready_guest().agent.resize_terminal(
+                container_id, exec_id, rows=rows, columns=columns
+            )
+
+    async def close_stdin(self, container_id: ContainerId, exec_id: ExecId | None) -> None:
+        """Let stdin end after what was written."""
+        self._container(container_id).find(exec_id).close_stdin()
+
+    async def update(self, container_id: ContainerId, *, resources: JsonObject) -> None:
+        """Change a container's limits."""
+        process = self._container(container_id).process
+        process.request("update")
+        await self._ready_guest().agent.update_container(
+            container_id, resources=guest_resources(resources)
+        )
+
+    async def stats(self, container_id: ContainerId) -> ContainerStats:
+        """Read a container's resource use."""
+        process = self._container(container_id).process
+        if process.is_stopped:
+            message = f"{process} has ended: no statistics"
+            raise ProcessNotFoundError(message)
+        return await self._ready_guest().agent.stats_container(container_id)
+
+    # --- delete -----------------------------------------------------------------------------
+
+    async def delete(
+        self, container_id: ContainerId, exec_id: ExecId | None
+    ) -> tuple[int, ExitInfo]:
+        """Forget a process that does not run."""
+        container = self._container(container_id)
+        process = container.find(exec_id)
+        async with process.lock:
+            if self._containers.get(container_id) is not container:
+                message = f"container {container_id} not found"
+                raise ContainerNotFoundError(message)
+            process.request("delete")
+            pid = self._pid(container)
+            ended = process.exit
+            if ended is None:
+                ended = process.end(KILLED_STATUS)
+            if ended is None:
+                message = f"{process} has no exit"
+                raise AssertionError(message)
+            await self._drain(process)
+            process.release()
+            if exec_id is None:
+                await self._delete_container(container, pid, ended)
+            else:
+                container.execs.pop(exec_id, None)
+                container.exec_specs.pop(exec_id, None)
+        return pid, ended
+
+    async def _delete_container(self, container: Container, pid: int, ended: ExitInfo) -> None:
+        if self._guest is not None and self._state is SandboxState.READY:
+            await container.remove(self._guest.agent)
+        container.release()
+        self._containers.pop(container.id, None)
+        with contextlib.suppress(KataError):
+            # A full disk must not keep a container from being deleted; the old record errs on
+            # the side of naming too much.
+            self._store.update(containers=tuple(self._containers))
+        self._events.emit(TaskDeleted(container_id=container.id, pid=pid, exit=ended))
+        if self.is_empty:
+            await self.close()
+
+    async def _drain(self, process: Process) -> None:
+        if process.copies is not None:
+            try:
+                async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                    await process.copies.drained()
+            except TimeoutError:
+                _log.warning("output dropped: nobody reads it", extra={"process": str(process)})
+
+    async def close(self) -> None:
+        """End the guest and release everything. Idempotent."""
+        if self._state is SandboxState.CLOSED:
+            return
+        self._state = SandboxState.CLOSED
+        await self._end_all()
+        await self._supervisor.close()
+        if self._guest is not None:
+            await self._guest.stop()
+        for container in self._containers.values():
+            container.release()
+        with contextlib.suppress(KataError):
+            self._store.update(processes=(), containers=())
+
+    # --- answers from memory ----------------------------------------------------------------
+
+    def state(self, container_id: ContainerId, exec_id: ExecId | None) -> ProcessState:
+        """Describe a process."""
+        container = self._container(container_id)
+        return container.find(exec_id).describe(pid=self._pid(container))
+
+    def execs(self, container_id: ContainerId) -> tuple[ExecId, ...]:
+        """List the execs of a container."""
+        return tuple(self._container(container_id).execs)
+
+    def task_pid(self, container_id: ContainerId) -> int:
+        """Return the pid that stands for a container, 0 if it is not there."""
+        container = self._containers.get(container_id)
+        return 0 if container is None else self._pid(container)
+
+    @property
+    def is_empty(self) -> bool:
+        """No container is there or on its way."""
+        return not self._containers and not self._creating
+
+    def _pid(self, _container: Container) -> int:
+        return 0 if self._guest is None else self._guest.task_pid
+
+    def _container(self, container_id: ContainerId) -> Container:
+        try:
+            return self._containers[container_id]
+        except KeyError:
+            message = f"container {container_id} not found"
+            raise ContainerNotFoundError(message) from None
+
+    def _ready_guest(self) -> Guest:
+        if self._guest is None or self._state is not SandboxState.READY:
+            message = f"sandbox is {self._state.value}"
+            raise UnavailableError(message)
+        return self._guest
+
+
+def _dns(spec: oci_spec.Spec) -> tuple[str, ...]:
+    """Read the lines of the host file that is mounted on the container's resolv.conf."""
+    for mount in spec.mounts:
+        if mount.destination == "/etc/resolv.conf" and mount.is_bind:
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                text = Path(mount.source).read_text(encoding="utf-8")
+                return tuple(line for line in text.splitlines() if line.strip())
+    return ()

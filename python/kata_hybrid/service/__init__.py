@@ -1,0 +1,1 @@
+"""What containerd calls: the task service, and the events it is told."""

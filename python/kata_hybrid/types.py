@@ -1,0 +1,198 @@
+"""Values that cross layers. Frozen, free of behaviour, importing nothing of ours.
+
+Ids are types, not strings. ``resource`` returns guest values (``GuestStorage``) that ``runtimes``
+sends to the agent; ``service`` and ``agent`` translate them from and to protobuf messages.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import NewType
+
+SandboxId = NewType("SandboxId", str)
+ContainerId = NewType("ContainerId", str)
+ExecId = NewType("ExecId", str)
+
+JsonObject = dict[str, object]
+"""A parsed JSON object, such as an OCI spec."""
+
+
+class TaskStatus(Enum):
+    """Task status as containerd numbers it (``containerd.v1.types.Status``)."""
+
+    UNKNOWN = 0
+    CREATED = 1
+    RUNNING = 2
+    STOPPED = 3
+    PAUSED = 4
+    PAUSING = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """One mount of a root file system, as containerd asks for it (``containerd.types.Mount``)."""
+
+    type: str
+    source: str
+    target: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stdio:
+    """Where a process's standard streams go; an empty string means /dev/null."""
+
+    stdin: str = ""
+    stdout: str = ""
+    stderr: str = ""
+    terminal: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitInfo:
+    """How a process ended."""
+
+    status: int
+    """0-255; 128+n for signal n."""
+    exited_at_ns: int
+    """UTC, nanoseconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessState:
+    """What ``Task.State`` reports of one process."""
+
+    container_id: ContainerId
+    exec_id: ExecId | None
+    bundle: str
+    pid: int
+    status: TaskStatus
+    stdio: Stdio
+    exit: ExitInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessIdentity:
+    """A host process that can be told from a later one of the same pid.
+
+    ``start_ticks`` is field 22 of ``/proc/PID/stat`` (proc(5)), clock ticks since boot.
+    """
+
+    name: str
+    pid: int
+    start_ticks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestStorage:
+    """Something the agent mounts before a container (agent protocol ``Storage``)."""
+
+    driver: str
+    source: str
+    fstype: str
+    mount_point: str
+    driver_options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestDetails:
+    """What the agent says of itself and its guest."""
+
+    agent_version: str
+    storage_handlers: tuple[str, ...]
+    extra_features: frozenset[str]
+    supports_seccomp: bool
+    memory_block_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuStats:
+    """CPU time of a container."""
+
+    total_ns: int = 0
+    user_ns: int = 0
+    kernel_ns: int = 0
+    per_cpu_ns: tuple[int, ...] = ()
+    periods: int = 0
+    throttled_periods: int = 0
+    throttled_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEntry:
+    """Usage of one kind of memory, bytes."""
+
+    usage: int = 0
+    max_usage: int = 0
+    failcnt: int = 0
+    limit: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryStats:
+    """Memory of a container; ``raw`` is the guest's memory.stat."""
+
+    usage: MemoryEntry = field(default_factory=MemoryEntry)
+    swap: MemoryEntry = field(default_factory=MemoryEntry)
+    kernel: MemoryEntry = field(default_factory=MemoryEntry)
+    raw: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockIoEntry:
+    """One counter of one block device."""
+
+    major: int
+    minor: int
+    op: str
+    value: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HugetlbStats:
+    """Usage of one huge page size, bytes."""
+
+    page_size: str
+    usage: int
+    max_usage: int
+    failcnt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerStats:
+    """Everything ``Task.Stats`` needs, independent of the cgroup version."""
+
+    cpu: CpuStats
+    memory: MemoryStats
+    pids_current: int
+    pids_limit: int
+    block_io: tuple[BlockIoEntry, ...] = ()
+    hugetlb: tuple[HugetlbStats, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmExit:
+    """Why a virtual machine is no longer there."""
+
+    reason: str
+    """``guest-panic``, ``guest-reset``, ``guest-shutdown``, ``killed`` or ``failed``."""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockDevice:
+    """A disk the guest gets before it boots (virtio-blk)."""
+
+    id: str
+    """At most 20 bytes: becomes the virtio-blk serial."""
+    path: Path
+    is_read_only: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VhostUserFs:
+    """A shared folder the guest mounts by ``tag``, served by a daemon on ``socket_path``."""
+
+    tag: str
+    socket_path: Path

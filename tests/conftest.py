@@ -1,0 +1,24 @@
+"""Settings for every suite: what a test lacked may be a skip for a person, never for CI.
+
+``KATA_HYBRID_REQUIRE=integration,vm`` turns a skip of a test with one of these markers into a
+failure, so a machine that silently lost its containerd or its guest can't pass.
+"""
+
+import os
+from collections.abc import Generator
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    required = set(filter(None, os.environ.get("KATA_HYBRID_REQUIRE", "").split(",")))
+    marks = required & {mark.name for mark in item.iter_markers()}
+    if report.skipped and marks and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but {', '.join(sorted(marks))} must run here: {reason}"
+    return report

@@ -1,0 +1,317 @@
+"""One private containerd: its files, its process, and ``ctr`` pointed at it.
+
+Owned by a test session or by the demo; called from one thread. Readiness is told by containerd
+itself through ``NOTIFY_SOCKET``, as systemd would be told, so nothing is polled.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+_CONFIG_V2 = """\
+version = 2
+root = "{home}/root"
+state = "{home}/state"
+temp = "{home}/tmp"
+disabled_plugins = [{disabled}]
+[grpc]
+  address = "{home}/c.sock"
+[ttrpc]
+  address = "{home}/c.sock.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{home}/opt"
+"""
+
+_CONFIG_V4 = """\
+version = 4
+root = "{home}/root"
+state = "{home}/state"
+temp = "{home}/tmp"
+imports = []
+disabled_plugins = [{disabled}]
+[plugins."io.containerd.server.v1.grpc"]
+  address = "{home}/c.sock"
+[plugins."io.containerd.server.v1.ttrpc"]
+  address = "{home}/c.sock.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{home}/opt"
+[plugins."io.containerd.shim.v1.manager"]
+  socket_dir = "{home}/s"
+"""
+
+# Not needed by a shim's tests, and each would reach outside the private directory.
+_DISABLED = {
+    1: ("io.containerd.grpc.v1.cri", "io.containerd.internal.v1.restart"),
+    2: (
+        "io.containerd.cri.v1.images",
+        "io.containerd.cri.v1.runtime",
+        "io.containerd.grpc.v1.cri",
+        "io.containerd.monitor.container.v1.restart",
+        "io.containerd.nri.v1.nri",
+    ),
+}
+_SNAPSHOTTERS = ("aufs", "blockfile", "btrfs", "devmapper", "erofs", "zfs")
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class DaemonError(RuntimeError):
+    """containerd did not start or a ``ctr`` command failed; the text holds what it said."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerdInstall:
+    """Where one version of containerd, ``ctr`` and its runc shim are."""
+
+    major: int
+    bin_dir: Path
+
+    @property
+    def label(self) -> str:
+        """What the version is called in test ids."""
+        return f"containerd{self.major}"
+
+    def missing(self) -> str:
+        """Say what is not there, or return an empty string."""
+        absent = [
+            os.fspath(self.bin_dir / name)
+            for name in ("containerd", "ctr", "containerd-shim-runc-v2")
+            if not os.access(self.bin_dir / name, os.X_OK)
+        ]
+        return ", ".join(absent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What a finished command left."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def text(self) -> str:
+        """Standard output as text, without the last newline."""
+        return self.stdout.decode(errors="replace").rstrip("\n")
+
+    @property
+    def error(self) -> str:
+        """Standard error as text, without what ctr says of its own about the host."""
+        lines = self.stderr.decode(errors="replace").splitlines(keepends=True)
+        return "".join(line for line in lines if "DEPRECATION" not in line)
+
+
+class Containerd:
+    """A containerd of our own, started, restarted and stopped at will."""
+
+    def __init__(
+        self,
+        install: ContainerdInstall,
+        *,
+        home: Path,
+        namespace: str,
+        shim_dir: Path | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.install = install
+        self.home = home
+        self.namespace = namespace
+        self.address = home / "c.sock"
+        self.run_dir = home / "run"
+        self.fifo_dir = home / "fifo"
+        self.log = home / "containerd.log"
+        path = [os.fspath(shim_dir)] if shim_dir is not None else []
+        self.environment = {
+            "PATH": ":".join([*path, os.fspath(install.bin_dir), _SYSTEM_PATH]),
+            "HOME": os.fspath(home),
+            "KATA_HYBRID_RUN_DIR": os.fspath(self.run_dir),
+            **(environment or {}),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the daemon.
+
+        Raises:
+            DaemonError: it does not run.
+        """
+        if self._process is None:
+            msg = "containerd is not running"
+            raise DaemonError(msg)
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the daemon was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def bundles(self) -> Path:
+        """Where the bundles of our namespace are."""
+        return self.home / "state" / "io.containerd.runtime.v2.task" / self.namespace
+
+    def bundle(self, container_id: str) -> Path:
+        """Return the bundle directory of one container."""
+        return self.bundles / container_id
+
+    def start(self, *, timeout_s: float = 30.0) -> None:
+        """Start the daemon and return when it serves.
+
+        Raises:
+            DaemonError: it ended, or did not say it was ready in time.
+        """
+        for name in ("", "root", "state", "tmp", "opt", "s", "run", "fifo"):
+            (self.home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        config = self.home / "config.toml"
+        config.write_text(self._config())
+        with contextlib.ExitStack() as stack:
+            ready = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            notify = self.home / "notify"
+            notify.unlink(missing_ok=True)
+            ready.bind(os.fspath(notify))
+            stack.callback(notify.unlink, missing_ok=True)
+            ready.settimeout(timeout_s)
+            log = stack.enter_context(self.log.open("ab"))
+            self._process = subprocess.Popen(
+                [os.fspath(self.install.bin_dir / "containerd"), "--config", os.fspath(config)],
+                env={**self.environment, "NOTIFY_SOCKET": os.fspath(notify)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
+            try:
+                while b"READY=1" not in ready.recv(4096):
+                    pass
+            except TimeoutError as exc:
+                state = self._process.poll()
+                self.kill()
+                msg = f"containerd (exit status {state}) was not ready in {timeout_s:g} s:\n"
+                raise DaemonError(msg + self.log_tail()) from exc
+
+    def stop(self, *, timeout_s: float = 15.0) -> None:
+        """End the daemon in order; running containers and their shims stay."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout_s)
+        self._process = None
+
+    def kill(self) -> None:
+        """End the daemon as a crash would."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait(15)
+            self._process = None
+
+    def restart(self) -> None:
+        """Stop and start again, over the same state."""
+        self.stop()
+        self.start()
+
+    def destroy(self) -> None:
+        """Stop everything and remove the private directory."""
+        if self.is_running:
+            with contextlib.suppress(DaemonError, subprocess.TimeoutExpired):
+                self.remove_all()
+        self.stop()
+        self._unmount_below_home()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def remove_all(self) -> None:
+        """Kill and remove every task and container of our namespace."""
+        for task in self.ctr("t", "ls", "-q").text.split():
+            self.attempt("t", "kill", "-s", "SIGKILL", task)
+            self.attempt("t", "rm", "-f", task)
+        for container in self.ctr("c", "ls", "-q").text.split():
+            self.attempt("c", "rm", container)
+
+    def log_tail(self, *, lines: int = 40) -> str:
+        """Return the end of containerd's log, which holds the shims' logs too."""
+        if not self.log.exists():
+            return "(no log)"
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def ctr_argv(self, *arguments: str) -> list[str]:
+        """Return the whole command line of a ``ctr`` command."""
+        return [
+            os.fspath(self.install.bin_dir / "ctr"),
+            "--address",
+            os.fspath(self.address),
+            "--namespace",
+            self.namespace,
+            *arguments,
+        ]
+
+    def attempt(
+        self, *arguments: str, stdin: bytes | None = None, timeout_s: float = 60.0
+    ) -> Output:
+        """Run ``ctr`` and return what came of it, whatever its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it did not end in time.
+        """
+        done = subprocess.run(
+            self.ctr_argv(*arguments),
+            env=self.environment,
+            input=stdin if stdin is not None else b"",
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        return Output(status=done.returncode, stdout=done.stdout, stderr=done.stderr)
+
+    def ctr(self, *arguments: str, stdin: bytes | None = None, timeout_s: float = 60.0) -> Output:
+        """Run ``ctr``, which has to succeed.
+
+        Raises:
+            DaemonError: it ended with another status than 0.
+            subprocess.TimeoutExpired: it did not end in time.
+        """
+        output = self.attempt(*arguments, stdin=stdin, timeout_s=timeout_s)
+        if output.status != 0:
+            command = " ".join(arguments)
+            msg = f"ctr {command}: exit status {output.status}: {output.error}{output.text}"
+            raise DaemonError(msg)
+        return output
+
+    def popen(
+        self, *arguments: str, stdin: int = subprocess.DEVNULL, stderr: int = subprocess.PIPE
+    ) -> subprocess.Popen[bytes]:
+        """Start a ``ctr`` command in the background; the caller ends it."""
+        return subprocess.Popen(
+            self.ctr_argv(*arguments),
+            env=self.environment,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+        )
+
+    def _config(self) -> str:
+        disabled = [
+            *_DISABLED[self.install.major],
+            *(f"io.containerd.snapshotter.v1.{name}" for name in _SNAPSHOTTERS),
+        ]
+        template = _CONFIG_V2 if self.install.major == 1 else _CONFIG_V4
+        return template.format(
+            home=self.home, disabled=", ".join(f'"{plugin}"' for plugin in disabled)
+        )
+
+    def _unmount_below_home(self) -> None:
+        points = [
+            line.split()[4].encode().decode("unicode_escape")
+            for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        ]
+        for point in reversed(points):
+            if Path(point).is_relative_to(self.home):
+                subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)

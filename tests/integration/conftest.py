@@ -1,0 +1,163 @@
+"""Real containerd, real shim binary. One daemon of each version serves the whole session.
+
+    pytest tests/integration                                   the installed shim, both daemons
+    pytest tests/integration --runtime io.containerd.runc.v2   checks the harness itself
+    pytest tests/integration --containerd 2                    one version only
+
+The shim under test is the one ``make setup`` installed from the wheel (``build/installed``);
+``KATA_HYBRID_BIN_DIR`` names another directory. The leak check runs after every test.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from busybox_image import IMAGE_NAME
+from harness.containers import Containers
+from harness.daemon import Containerd, ContainerdInstall
+from harness.events import EventWatcher
+from harness.leaks import Census, assert_nothing_left, take_census
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build"
+KATA_RUNTIME = "io.containerd.kata-hybrid.v2"
+SHIM = "containerd-shim-kata-hybrid-v2"
+_INSTALLS = {
+    "1": ContainerdInstall(major=1, bin_dir=Path("/usr/bin")),
+    "2": ContainerdInstall(major=2, bin_dir=BUILD / "containerd-2" / "bin"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("integration")
+    group.addoption("--runtime", default=KATA_RUNTIME, help="runtime to test")
+    group.addoption(
+        "--containerd", choices=sorted(_INSTALLS), action="append", help="major version(s) to use"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    is_virtual = "kata" in config.getoption("--runtime")
+    for item in items:
+        if not item.path.is_relative_to(here):
+            continue
+        item.add_marker(pytest.mark.integration)
+        if is_virtual:
+            item.add_marker(pytest.mark.vm)
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(180))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "install" in metafunc.fixturenames:
+        wanted = metafunc.config.getoption("--containerd") or sorted(_INSTALLS)
+        installs = [_INSTALLS[major] for major in wanted]
+        metafunc.parametrize(
+            "install", installs, ids=[install.label for install in installs], scope="session"
+        )
+
+
+@pytest.fixture(scope="session")
+def runtime(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--runtime"))
+
+
+@pytest.fixture(scope="session")
+def shim_dir(runtime: str) -> Path | None:
+    if runtime != KATA_RUNTIME:
+        return None
+    directory = Path(os.environ.get("KATA_HYBRID_BIN_DIR", BUILD / "installed" / "bin"))
+    if not os.access(directory / SHIM, os.X_OK):
+        pytest.skip(f"no {directory / SHIM}: run make setup")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def configuration(shim_dir: Path | None) -> Path:
+    """The configuration.toml that set-up wrote: the guest image it built, 512 MiB."""
+    path = BUILD / "guest" / "configuration.toml"
+    if shim_dir is not None and not path.exists():
+        pytest.skip(f"no {path}: run make setup")
+    return path
+
+
+@pytest.fixture(scope="session")
+def containerd(
+    install: ContainerdInstall, shim_dir: Path | None, configuration: Path
+) -> Iterator[Containerd]:
+    """A private daemon with the test image in it."""
+    if os.geteuid() != 0:
+        pytest.skip("containerd needs root")
+    if missing := install.missing():
+        pytest.skip(f"no {missing}: run make setup")
+    # Short: a unix socket's path may have 107 bytes, and the shim adds its own part.
+    home = Path(tempfile.mkdtemp(prefix="kh", dir="/tmp"))
+    daemon = Containerd(
+        install,
+        home=home,
+        namespace=f"{home.name}-ns",
+        shim_dir=shim_dir,
+        environment={"KATA_CONF_FILE": os.fspath(configuration)},
+    )
+    try:
+        daemon.start()
+        daemon.ctr("image", "import", os.fspath(BUILD / "images" / "busybox.tar"))
+        yield daemon
+        keep = os.environ.get("KATA_HYBRID_KEEP_LOGS")
+        if keep:
+            Path(keep).mkdir(parents=True, exist_ok=True)
+            shutil.copy(daemon.log, Path(keep) / f"{install.label}.log")
+    finally:
+        daemon.destroy()
+
+
+@pytest.fixture
+def daemon(containerd: Containerd) -> Containerd:
+    """The daemon, running, whatever the test before did to it."""
+    if not containerd.is_running:
+        containerd.start()
+    return containerd
+
+
+@pytest.fixture(scope="session")
+def containers(containerd: Containerd, runtime: str) -> Containers:
+    return Containers(containerd, runtime=runtime, image=IMAGE_NAME, boot_timeout_s=90)
+
+
+@pytest.fixture
+def vm_containers(containers: Containers) -> Containers:
+    """Containers that are known to be in a virtual machine: for tests that would hurt a host."""
+    if not containers.is_virtual:
+        pytest.skip("needs a runtime with virtual machines")
+    return containers
+
+
+@pytest.fixture
+def events(daemon: Containerd) -> Iterator[EventWatcher]:
+    with EventWatcher(daemon) as watcher:
+        yield watcher
+
+
+@pytest.fixture(scope="module")
+def running(containers: Containers) -> Iterator[str]:
+    """A container that runs as long as its test module does."""
+    with containers.detached("sleep", "100000") as container_id:
+        yield container_id
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compare the host before and after each test, clean-up of the test's own fixtures included."""
+    if "containerd" not in request.fixturenames:
+        yield
+        return
+    containerd: Containerd = request.getfixturevalue("containerd")
+    if "running" in request.fixturenames:
+        request.getfixturevalue("running")
+    before: Census = take_census(containerd)
+    yield
+    assert_nothing_left(containerd, before=before)
