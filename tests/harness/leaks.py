@@ -134,11 +134,11 @@ def mount_points() -> list[str]:
 
 
 def _files(containerd: Containerd) -> list[str]:
+    # Not the fifos: they are the client's, and `ctr exec -d` leaves its own.
     roots = (
         containerd.bundles,
         containerd.home / "root" / "io.containerd.runtime.v2.task" / containerd.namespace,
         containerd.run_dir,
-        containerd.fifo_dir,
         containerd.home / "s",
     )
     found = []

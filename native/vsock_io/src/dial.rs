@@ -258,11 +258,10 @@ fn read_answer(fd: &OwnedFd, handshake: &mut Handshake) -> Result<bool, DialErro
     loop {
         let window = buffer.get_mut(..handshake.room()).unwrap_or_default();
         let count = match net::recv(fd, &mut *window, RecvFlags::PEEK) {
-            Ok((0, _)) => return Err(DialError::NotListening),
+            Ok((0, _)) | Err(Errno::CONNRESET) => return Err(DialError::NotListening),
             Ok((count, _)) => count,
             Err(Errno::AGAIN) => return Ok(false),
             Err(Errno::INTR) => continue,
-            Err(Errno::CONNRESET) => return Err(DialError::NotListening),
             Err(errno) => return Err(DialError::Handshake(errno.into())),
         };
         let progress = handshake.offer(window.get(..count).unwrap_or_default())?;

@@ -11,10 +11,13 @@
 #![deny(unsafe_code)]
 
 pub mod address;
+pub mod agent;
 pub mod dial;
 pub mod event;
 pub mod hybrid;
 pub mod reactor;
 pub mod status;
+pub mod stdio;
 mod thread;
 pub mod ttrpc;
+pub mod vhost_user;

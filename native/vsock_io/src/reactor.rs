@@ -231,6 +231,7 @@ impl Reactor {
             .map_err(|errno| ReactorError::Start(errno.into()))?;
         let mailbox = Arc::new(Mailbox {
             wake,
+            next_source: AtomicU64::new(1),
             state: Mutex::default(),
         });
         let handle = ReactorHandle { mailbox, sink };
@@ -627,7 +628,7 @@ impl Registry {
                 let (source, key) = (registration.source, registration.key);
                 let readiness = Readiness::from_flags(flags);
                 self.invoke(source, |source, context| {
-                    source.ready(key, readiness, context)
+                    source.ready(key, readiness, context);
                 });
             }
         }

@@ -2,13 +2,15 @@
 
 from typing import final
 
+__all__ = ["Event", "EventPort"]
+
 @final
 class Event:
     """One completion. Frozen."""
 
     @property
     def token(self) -> int:
-        """The number Python gave the operation."""
+        """The number Python gave the operation; 0 when a part of the I/O thread died (a bug)."""
     @property
     def code(self) -> int:
         """google.rpc status code; 0 is success."""
@@ -17,13 +19,25 @@ class Event:
         """Error text, empty on success."""
     @property
     def value(self) -> int | bytes | None:
-        """The result: reply payload, a file descriptor the receiver now owns, a byte count."""
+        """The result: reply payload, a file descriptor the receiver now owns, a byte count.
+
+        Stdio copies report their count on failure too.
+        """
 
 @final
 class EventPort:
-    """A queue of events and an eventfd that is readable while the queue is not empty."""
+    """A queue of events and an eventfd that is readable while the queue is not empty.
 
-    def __new__(cls) -> EventPort: ...
+    At most 64 MiB of reply payloads wait here; a reply past that arrives without its payload,
+    with code RESOURCE_EXHAUSTED. No event is ever dropped.
+    """
+
+    def __new__(cls) -> EventPort:
+        """Make an empty port.
+
+        Raises:
+            OSError: no descriptor is left.
+        """
     def fileno(self) -> int:
         """The eventfd (non-blocking). Owned by the port: do not close it."""
     def drain(self) -> list[Event]:

@@ -1,5 +1,13 @@
 """Linux calls that Python's standard library lacks."""
 
+__all__ = [
+    "enter_private_mount_namespace",
+    "mount",
+    "set_child_subreaper",
+    "set_thread_name",
+    "unmount",
+]
+
 def set_child_subreaper() -> None:
     """prctl(PR_SET_CHILD_SUBREAPER): orphaned grandchildren become ours.
 
@@ -8,7 +16,11 @@ def set_child_subreaper() -> None:
     """
 
 def set_thread_name(name: str) -> None:
-    """prctl(PR_SET_NAME) of the calling thread: what ps shows, at most 15 bytes."""
+    """prctl(PR_SET_NAME) of the calling thread: what ps shows, at most 15 bytes.
+
+    Raises:
+        OSError: the name holds a zero byte.
+    """
 
 def enter_private_mount_namespace() -> None:
     """unshare(CLONE_NEWNS), then make / recursively slave and shared.
@@ -21,7 +33,7 @@ def enter_private_mount_namespace() -> None:
     """
 
 def mount(source: str, target: str, fstype: str, options: list[str]) -> None:
-    """mount(2) with fstab-style options; flags are recognised, the rest is data.
+    """Mount as mount(2) does, with fstab-style options; flags are recognised, the rest is data.
 
     ``rbind``/``bind`` with ``ro`` also does the needed remount. Overlay data longer than a page
     goes through fsopen/fsconfig.

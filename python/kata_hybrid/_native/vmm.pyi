@@ -2,6 +2,8 @@
 
 from typing import final
 
+__all__ = ["KvmProbe", "probe_kvm"]
+
 @final
 class KvmProbe:
     """What the probe found. Frozen."""

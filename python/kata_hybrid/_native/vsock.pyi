@@ -7,40 +7,62 @@ event. No method blocks for longer than handing a message to the thread.
 
 from typing import Literal, final
 
-from .events import EventPort
+from kata_hybrid._native.events import EventPort
+
+__all__ = ["AgentClient", "IoThread", "StdioCopy", "VhostUserVsock"]
 
 @final
 class IoThread:
     """The I/O thread (``vsock-io``) and everything it serves."""
 
-    def __new__(cls, port: EventPort) -> IoThread: ...
+    def __new__(cls, port: EventPort) -> IoThread:
+        """Start the thread; its results go to ``port``.
+
+        Raises:
+            OSError: no thread or descriptor is to be had.
+        """
     def dial(self, token: int, address: str, port: int, *, timeout_ms: int) -> None:
         """Connect to ``port`` of the guest, retrying with backoff until ``timeout_ms`` is over.
 
         ``address`` is ``vsock://CID``, ``hvsock:///unix/path`` (``CONNECT port`` handshake) or
-        ``unix:///path`` (plain). The event's value is the connected descriptor, owned by the
-        receiver; on failure the code is UNAVAILABLE, DEADLINE_EXCEEDED or INVALID_ARGUMENT and
-        the message names the last cause.
+        ``unix:///path`` (plain). The event's value is the connected descriptor (non-blocking),
+        owned by the receiver; on failure the code is UNAVAILABLE (no retry would help),
+        DEADLINE_EXCEEDED or CANCELLED and the message names the last cause.
 
         Raises:
             ValueError: the address has another form.
         """
     def close(self) -> None:
-        """Stop the thread: pending operations complete with CANCELLED, descriptors are closed."""
+        """Stop the thread: pending operations complete with CANCELLED, descriptors are closed.
+
+        Their events are in the port when this returns. Operations begun later complete with
+        CANCELLED at once. Repeating it is harmless.
+
+        Raises:
+            RuntimeError: the thread did not end within 5 s; it is left behind.
+        """
 
 @final
 class AgentClient:
     """A ttRPC client on one connection; any number of requests in flight."""
 
     def __new__(cls, io: IoThread, fd: int, *, closed_token: int) -> AgentClient:
-        """Take over ``fd``. When the connection ends, ``closed_token`` gets its event."""
+        """Take over ``fd``. When the connection ends, ``closed_token`` gets its event.
+
+        Its code is CANCELLED after :meth:`close`, UNAVAILABLE when the guest ended it. Calls in
+        flight complete first, with the same code.
+
+        Raises:
+            OSError: ``fd`` is not open.
+        """
     def call(
         self, token: int, service: str, method: str, payload: bytes, *, timeout_ms: int
     ) -> None:
         """Send a unary request. ``timeout_ms`` 0 means no deadline.
 
         The event's value is the reply payload, or its code and message the status. The deadline
-        is sent to the server and enforced here too.
+        is sent to the server and enforced here too. A payload above 4 MiB, or more than 16 MiB
+        that the guest does not read, is RESOURCE_EXHAUSTED. A lost connection is UNAVAILABLE.
         """
     def copy_output(
         self,
@@ -54,22 +76,35 @@ class AgentClient:
 
         The event comes when the last byte is written; its value is the byte count. A failed
         write does not stop the reading: the rest is drained and dropped, and the event has code
-        DATA_LOSS.
+        DATA_LOSS. A process that is gone (NOT_FOUND) is the stream's end; any other failure of
+        the guest ends the copy with its code, after what came before is written. ``fd`` is made
+        non-blocking; a FIFO without reader is waited for.
+
+        Raises:
+            OSError: ``fd`` is not open.
+            ValueError: ``stream`` is neither word; ``fd`` was not taken.
         """
     def copy_input(self, token: int, container_id: str, exec_id: str, fd: int) -> StdioCopy:
         """Copy ``fd`` to the stdin of a guest process until end of file, then close both.
 
-        The event's value is the byte count.
+        The event's value is the byte count that the process took. A process that is gone
+        (NOT_FOUND) ends the copy without error.
+
+        Raises:
+            OSError: ``fd`` is not open.
         """
     def close(self) -> None:
         """Close the connection; pending calls complete with CANCELLED."""
 
 @final
 class StdioCopy:
-    """A running copy."""
+    """A running copy. It runs on when this object is dropped."""
 
     def stop(self) -> None:
-        """End the copy now: what is buffered is written if that does not block. Idempotent."""
+        """End the copy now: what is buffered is written if that does not block. Idempotent.
+
+        The copy's event then has code CANCELLED, unless it had ended.
+        """
 
 @final
 class VhostUserVsock:

@@ -7,7 +7,7 @@ left out, as by every runtime that speaks it.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -26,6 +26,8 @@ from kata_hybrid.types import (
     MemoryStats,
 )
 
+_Field: TypeAlias = Any
+"""A field descriptor: protobuf's implementations each have a class of their own for it."""
 _RENAMED: Final = {("grpc.Spec", "ociversion"): "version"}
 _INTEGER_RANGES: Final = {
     FieldDescriptor.CPPTYPE_INT32: (-(1 << 31), (1 << 31) - 1),
@@ -148,7 +150,7 @@ def _fill(message: Message, value: object, path: str) -> None:
             _set(message, field, item, f"{path}{key}")
 
 
-def _set(message: Message, field: FieldDescriptor, value: object, path: str) -> None:
+def _set(message: Message, field: _Field, value: object, path: str) -> None:
     element: Descriptor | None = field.message_type
     if element is not None and element.GetOptions().map_entry:
         if not isinstance(value, Mapping):
@@ -174,7 +176,7 @@ def _set(message: Message, field: FieldDescriptor, value: object, path: str) -> 
         setattr(message, field.name, _scalar(field, value, path))
 
 
-def _scalar(field: FieldDescriptor, value: object, path: str) -> object:
+def _scalar(field: _Field, value: object, path: str) -> object:
     kind = field.cpp_type
     if kind == FieldDescriptor.CPPTYPE_STRING:
         if not isinstance(value, str):

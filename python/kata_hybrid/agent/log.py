@@ -28,7 +28,7 @@ _log = logging.getLogger("kata_hybrid.guest.agent")
 
 async def forward(connection: socket.socket) -> None:
     """Log what arrives on ``connection``, which is taken over, until it ends."""
-    connection.setblocking(False)
+    connection.setblocking(False)  # noqa: FBT003 - the standard library's signature
     reader, writer = await asyncio.open_connection(sock=connection, limit=_MAX_LINE_BYTES)
     second, lines, dropped = 0, 0, 0
     try:

@@ -15,7 +15,7 @@ from kata_hybrid.errors import KataError
 
 
 class ProcessCopies:
-    """The running copies of one process; implements :class:`~kata_hybrid.agent.base.StreamCopies`."""
+    """The running copies of one process (implements ``agent.base.StreamCopies``)."""
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ Event loop thread only, which must be the main thread: the signal follows the sp
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -75,7 +76,7 @@ class ProcessReaper:
     def __init__(self) -> None:
         """Handle SIGCHLD on the running loop, which must belong to the main thread."""
         self._loop = asyncio.get_running_loop()
-        self._waiters: dict[int, tuple[subprocess.Popen[bytes], asyncio.Future[int]]] = {}
+        self._waiters: dict[int, tuple[subprocess.Popen[bytes] | None, asyncio.Future[int]]] = {}
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
 
     async def spawn(
@@ -109,7 +110,7 @@ class ProcessReaper:
         if dies_with_parent:
             words = [*_DIE_WITH_PARENT, *words]
         # Returns once the child has exec'ed: microseconds to a few milliseconds.
-        child = subprocess.Popen(  # noqa: ASYNC220, S603 - see above; callers give fixed programs
+        child = subprocess.Popen(  # noqa: ASYNC220 - see above; callers give fixed programs
             words,
             stdin=stdin,
             stdout=stdout,
@@ -119,17 +120,47 @@ class ProcessReaper:
             env=env,
             start_new_session=True,
         )
-        # No await since Popen returned, so the reaper has not run: /proc/PID is there.
-        identity = identify(name or Path(program).name, child.pid)
+        return self._adopt(name or Path(program).name, child.pid, popen=child)
+
+    async def spawn_mapped(
+        self,
+        argv: Sequence[str],
+        *,
+        name: str,
+        env: Mapping[str, str],
+        fds: Mapping[int, int],
+    ) -> Process:
+        """Start a program whose descriptors are exactly ``fds`` (theirs: ours) and /dev/null.
+
+        It is left to end by itself when this process dies. The caller keeps its descriptors.
+
+        Raises:
+            OSError: it could not be started.
+        """
+        with contextlib.ExitStack() as copies:
+            # Copies above every target, so that no target is overwritten before it is copied.
+            actions: list[tuple[object, ...]] = [
+                (os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)
+            ]
+            for theirs, ours in fds.items():
+                copy = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(fds) + 1)
+                copies.callback(os.close, copy)
+                actions.append((os.POSIX_SPAWN_DUP2, copy, theirs))
+            pid = os.posix_spawn(argv[0], list(argv), dict(env), file_actions=actions, setsid=True)
+        return self._adopt(name, pid, popen=None)
+
+    def _adopt(self, name: str, pid: int, *, popen: subprocess.Popen[bytes] | None) -> Process:
+        # No await since it was started, so the reaper has not run: /proc/PID is there.
         exited: asyncio.Future[int] = self._loop.create_future()
-        self._waiters[child.pid] = (child, exited)
-        return Process(identity, exited=exited)
+        self._waiters[pid] = (popen, exited)
+        return Process(identify(name, pid), exited=exited)
 
     def close(self) -> None:
         """Stop reaping. Processes still running are left alone; nobody may wait for them."""
         self._loop.remove_signal_handler(signal.SIGCHLD)
         for child, exited in self._waiters.values():
-            child.returncode = 0  # Popen's finalizer must not look for it.
+            if child is not None:
+                child.returncode = 0  # Popen's finalizer must not look for it.
             exited.cancel()
         self._waiters.clear()
 
@@ -146,9 +177,11 @@ class ProcessReaper:
                 _LOG.debug("reaped an orphan", extra={"pid": pid, "status": status})
                 continue
             child, exited = waiter
-            child.returncode = os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            if child is not None:
+                child.returncode = code
             if not exited.done():
-                exited.set_result(child.returncode)
+                exited.set_result(code)
 
 
 def identify(name: str, pid: int) -> ProcessIdentity:

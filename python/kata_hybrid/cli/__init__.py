@@ -1,0 +1,1 @@
+"""``kata-hybrid``, the operator's command."""

@@ -4,7 +4,7 @@ A check takes the TOML value and returns ours, or raises ``ValueError`` with wha
 """
 
 import math
-import shlex
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -15,6 +15,7 @@ from kata_hybrid.config.model import MAX_MEMORY_MIB, MIN_MEMORY_MIB, LogLevel, V
 Check = Callable[[object], object]
 _MAX_U32 = 2**32 - 1
 _MAX_VCPUS = 1024
+_PARAMETER = re.compile(r'(?:"[^"]*"|[^\s"])+')
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +78,11 @@ def _texts(value: object) -> tuple[str, ...]:
 
 def _kernel_params(value: object) -> tuple[str, ...]:
     """Split at blanks outside double quotes, as the kernel does; the quotes stay."""
-    lexer = shlex.shlex(_text(value), posix=False)
-    lexer.whitespace_split = True
-    lexer.quotes = '"'
-    lexer.commenters = ""
-    try:
-        return tuple(lexer)
-    except ValueError as error:
-        message = "kernel parameters with closed quotes"
-        raise ValueError(message) from error
+    text = _text(value)
+    if text.count('"') % 2:
+        message = "a list of kernel parameters with closed quotes"
+        raise ValueError(message)
+    return tuple(_PARAMETER.findall(text))
 
 
 def _choice(*allowed: str, aliases: Mapping[str, str] | None = None) -> Check:

@@ -126,11 +126,11 @@ def _read_program(path: Path, *, option: str) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise FailedPreconditionError(
-            f"{path} is not there: build the package (make wheel) or name another with {option}"
-        ) from error
+        msg = f"{path} is not there: build the package (make wheel) or name another with {option}"
+        raise FailedPreconditionError(msg) from error
     if not data.startswith(_ELF_MAGIC):
-        raise InvalidArgumentError(f"{path}: {option} must name a static ELF program")
+        msg = f"{path}: {option} must name a static ELF program"
+        raise InvalidArgumentError(msg)
     return data
 
 

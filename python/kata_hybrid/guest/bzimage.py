@@ -60,20 +60,24 @@ def parse_bzimage(image: bytes, *, name: str) -> BzImage:
         InvalidArgumentError: not a bzImage, or one whose header points outside it.
     """
     if len(image) < _HEADER_MAGIC_OFFSET + 0x4E:
-        raise InvalidArgumentError(f"{name}: too short for a Linux kernel ({len(image)} bytes)")
+        msg = f"{name}: too short for a Linux kernel ({len(image)} bytes)"
+        raise InvalidArgumentError(msg)
     (boot_flag,) = struct.unpack_from("<H", image, _BOOT_FLAG_OFFSET)
     magic = image[_HEADER_MAGIC_OFFSET : _HEADER_MAGIC_OFFSET + 4]
     if boot_flag != _BOOT_FLAG or magic != _HEADER_MAGIC:
-        raise InvalidArgumentError(f"{name}: neither an ELF kernel nor an x86 bzImage")
+        msg = f"{name}: neither an ELF kernel nor an x86 bzImage"
+        raise InvalidArgumentError(msg)
     protocol, version_pointer = struct.unpack_from("<H6xH", image, 0x206)
     if protocol < _PROTOCOL_WITH_PAYLOAD:
-        raise InvalidArgumentError(f"{name}: boot protocol {protocol:#x} is older than 2.08")
+        msg = f"{name}: boot protocol {protocol:#x} is older than 2.08"
+        raise InvalidArgumentError(msg)
     setup_sectors = image[0x1F1] or 4
     payload_offset, payload_length = struct.unpack_from("<II", image, 0x248)
     begin = (setup_sectors + 1) * _SECTOR_BYTES + payload_offset
     payload = image[begin : begin + payload_length]
     if len(payload) != payload_length or payload_length <= _SIZE_TRAILER_BYTES:
-        raise InvalidArgumentError(f"{name}: the kernel payload lies outside the file")
+        msg = f"{name}: the kernel payload lies outside the file"
+        raise InvalidArgumentError(msg)
     return BzImage(
         version=_version_string(image, version_pointer),
         payload=payload,
@@ -92,9 +96,8 @@ def _payload_format(payload: bytes, *, name: str) -> PayloadFormat:
     for candidate in PayloadFormat:
         if payload.startswith(candidate.value):
             return candidate
-    raise InvalidArgumentError(
-        f"{name}: unknown compression of the kernel payload (it begins with {payload[:6].hex()})"
-    )
+    msg = f"{name}: unknown compression of the kernel payload (it begins with {payload[:6].hex()})"
+    raise InvalidArgumentError(msg)
 
 
 async def extract_vmlinux(bzimage: BzImage, *, name: str, tools: Toolbox) -> bytes:
@@ -107,21 +110,22 @@ async def extract_vmlinux(bzimage: BzImage, *, name: str, tools: Toolbox) -> byt
     stream = bzimage.payload
     (declared_size,) = struct.unpack_from("<I", stream, len(stream) - _SIZE_TRAILER_BYTES)
     if declared_size > _MAX_VMLINUX_BYTES:
-        raise InvalidArgumentError(f"{name}: the payload declares {declared_size} bytes")
+        msg = f"{name}: the payload declares {declared_size} bytes"
+        raise InvalidArgumentError(msg)
     if bzimage.payload_format not in {PayloadFormat.GZIP, PayloadFormat.NONE}:
         stream = stream[:-_SIZE_TRAILER_BYTES]
     try:
         vmlinux = await _decompress(stream, bzimage.payload_format, tools=tools)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, InternalError) as error:
-        raise InvalidArgumentError(f"{name}: decompress the kernel payload") from error
+        msg = f"{name}: decompress the kernel payload"
+        raise InvalidArgumentError(msg) from error
     if not vmlinux.startswith(ELF_MAGIC):
-        raise InvalidArgumentError(f"{name}: the kernel payload holds no ELF file")
+        msg = f"{name}: the kernel payload holds no ELF file"
+        raise InvalidArgumentError(msg)
     return vmlinux
 
 
-async def _decompress(
-    stream: bytes, payload_format: PayloadFormat, *, tools: Toolbox
-) -> bytes:
+async def _decompress(stream: bytes, payload_format: PayloadFormat, *, tools: Toolbox) -> bytes:
     match payload_format:
         case PayloadFormat.GZIP:
             return gzip.decompress(stream)
@@ -145,7 +149,8 @@ def vmlinux_version(vmlinux: bytes, *, name: str) -> str:
     """
     found = _BANNER.search(vmlinux[:_KERNEL_NOTE_SCAN_BYTES])
     if found is None:
-        raise InvalidArgumentError(f"{name}: no Linux version in this file")
+        msg = f"{name}: no Linux version in this file"
+        raise InvalidArgumentError(msg)
     return found.group(1).decode("ascii", "replace")
 
 

@@ -68,9 +68,11 @@ def _with_parents(entries: Iterable[CpioEntry]) -> list[CpioEntry]:
     for entry in entries:
         path = PurePosixPath(entry.path)
         if path.is_absolute() or ".." in path.parts or str(path) != entry.path or not path.name:
-            raise InvalidArgumentError(f"{entry.path!r} is no path inside an archive")
+            msg = f"{entry.path!r} is no path inside an archive"
+            raise InvalidArgumentError(msg)
         if entry.path in tree:
-            raise InvalidArgumentError(f"{entry.path!r} is in the archive twice")
+            msg = f"{entry.path!r} is in the archive twice"
+            raise InvalidArgumentError(msg)
         tree[entry.path] = entry
     for name in list(tree):
         for parent in PurePosixPath(name).parents:
@@ -103,11 +105,13 @@ def read_archive(archive: bytes) -> Iterator[CpioEntry]:
     while True:
         header = archive[position : position + _HEADER_BYTES]
         if len(header) != _HEADER_BYTES or not header.startswith(_MAGIC):
-            raise InvalidArgumentError(f"no cpio header at offset {position}")
+            msg = f"no cpio header at offset {position}"
+            raise InvalidArgumentError(msg)
         try:
             fields = [int(header[6 + 8 * i : 14 + 8 * i], 16) for i in range(13)]
         except ValueError as error:
-            raise InvalidArgumentError(f"malformed cpio header at offset {position}") from error
+            msg = f"malformed cpio header at offset {position}"
+            raise InvalidArgumentError(msg) from error
         name_end = position + _HEADER_BYTES + fields[11]
         name = archive[position + _HEADER_BYTES : name_end - 1].decode("utf-8", "replace")
         if name == _TRAILER:
@@ -115,7 +119,8 @@ def read_archive(archive: bytes) -> Iterator[CpioEntry]:
         begin = name_end + -name_end % _ALIGNMENT
         end = begin + fields[6]
         if end > len(archive):
-            raise InvalidArgumentError(f"{name!r} reaches past the end of the archive")
+            msg = f"{name!r} reaches past the end of the archive"
+            raise InvalidArgumentError(msg)
         yield CpioEntry(
             path=name, mode=fields[1], data=archive[begin:end], device=(fields[9], fields[10])
         )

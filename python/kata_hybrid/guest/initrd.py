@@ -51,9 +51,7 @@ def make_initrd(
     Raises:
         InvalidArgumentError: two files want the same path.
     """
-    module_paths = [
-        f"lib/modules/{kernel_version}/{module.relative_path}" for module in modules
-    ]
+    module_paths = [f"lib/modules/{kernel_version}/{module.relative_path}" for module in modules]
     listing = "".join(f"/{path}\n" for path in module_paths)
     entries: list[CpioEntry] = [
         *(directory(path) for path in _DIRECTORIES),

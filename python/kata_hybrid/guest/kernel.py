@@ -5,6 +5,7 @@ unpacked beside it; nothing is installed. A file may be an ELF ``vmlinux``, a bz
 package.
 """
 
+import asyncio
 import re
 import shutil
 from collections.abc import Callable
@@ -49,7 +50,7 @@ async def kernel_from_debian(
         OSError: the cache cannot be written.
     """
     package = await _resolve_package(tools)
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(_make_folder, cache_dir)
     archive = _cached(cache_dir, package=package)
     if archive is None:
         progress(f"fetch {package}")
@@ -58,7 +59,8 @@ async def kernel_from_debian(
         )
         archive = _cached(cache_dir, package=package)
     if archive is None:
-        raise InternalError(f"apt-get download {package}: left no package in {cache_dir}")
+        msg = f"apt-get download {package}: left no package in {cache_dir}"
+        raise InternalError(msg)
     return await _kernel_from_package(archive, cache_dir=cache_dir, progress=progress, tools=tools)
 
 
@@ -75,7 +77,7 @@ async def kernel_from_file(
         OSError: it cannot be read.
     """
     if path.suffix == ".deb":
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        await asyncio.to_thread(_make_folder, cache_dir)
         return await _kernel_from_package(path, cache_dir=cache_dir, progress=progress, tools=tools)
     digest = digest_file(path)
     vmlinux, version = await _load_vmlinux(path, progress=progress, tools=tools)
@@ -90,21 +92,25 @@ async def kernel_from_file(
     )
 
 
+def _make_folder(path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+
+
 async def _resolve_package(tools: Toolbox) -> str:
     if find_tool(Tool.APT_GET) is None or find_tool(Tool.DPKG_DEB) is None:
-        raise FailedPreconditionError(
+        msg = (
             "no apt-get and dpkg-deb here to fetch Debian's cloud kernel with: give a kernel "
             "(vmlinux, bzImage or .deb) with --kernel, and its lib/modules/VERSION with --modules"
         )
-    depends = await tools.run(
-        Tool.APT_CACHE, ("depends", META_PACKAGE), timeout_s=_APT_TIMEOUT_S
-    )
+        raise FailedPreconditionError(msg)
+    depends = await tools.run(Tool.APT_CACHE, ("depends", META_PACKAGE), timeout_s=_APT_TIMEOUT_S)
     found = _PACKAGE_NAME.search(depends.decode("utf-8", "replace"))
     if found is None:
-        raise FailedPreconditionError(
+        msg = (
             f"apt knows no package {META_PACKAGE}: run apt-get update on Debian 12 or later, or "
             "give a kernel with --kernel"
         )
+        raise FailedPreconditionError(msg)
     return found.group()
 
 
@@ -129,7 +135,8 @@ async def _kernel_from_package(
         (tree / ".complete").touch()
     images = sorted((tree / "boot").glob("vmlinu[xz]-*"))
     if len(images) != 1:
-        raise InvalidArgumentError(f"{archive.name}: holds {len(images)} kernels, not one")
+        msg = f"{archive.name}: holds {len(images)} kernels, not one"
+        raise InvalidArgumentError(msg)
     vmlinux, version = await _load_vmlinux(images[0], progress=progress, tools=tools)
     modules = tree / "lib/modules" / version
     if not modules.is_dir():
@@ -140,7 +147,7 @@ async def _kernel_from_package(
 
 
 async def _load_vmlinux(path: Path, *, progress: Progress, tools: Toolbox) -> tuple[bytes, str]:
-    image = path.read_bytes()
+    image = await asyncio.to_thread(path.read_bytes)
     if is_elf(path):
         return image, vmlinux_version(image, name=path.name)
     bzimage = parse_bzimage(image, name=path.name)

@@ -81,7 +81,8 @@ def read_manifest(path: Path) -> Manifest:
     try:
         document = json.loads(path.read_text())
         if document["schema"] != SCHEMA:
-            raise InvalidArgumentError(f"{path}: schema {document['schema']} is not {SCHEMA}")
+            msg = f"{path}: schema {document['schema']} is not {SCHEMA}"
+            raise InvalidArgumentError(msg)
         return Manifest(
             schema=SCHEMA,
             builder_version=str(document["builder_version"]),
@@ -93,4 +94,5 @@ def read_manifest(path: Path) -> Manifest:
             outputs=tuple(FileDigest(**entry) for entry in document["outputs"]),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise InvalidArgumentError(f"{path}: not a guest manifest") from error
+        msg = f"{path}: not a guest manifest"
+        raise InvalidArgumentError(msg) from error

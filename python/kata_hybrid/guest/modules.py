@@ -5,6 +5,7 @@ kernel package works: ``modules.dep`` is made by depmod when a package is *insta
 module that is built into the kernel needs no file; one that is neither is an error.
 """
 
+import asyncio
 import gzip
 import lzma
 import struct
@@ -53,7 +54,8 @@ def scan_tree(root: Path) -> ModuleTree:
     """
     kernel = root / "kernel"
     if not kernel.is_dir():
-        raise InvalidArgumentError(f"{root}: no kernel modules here (folder {kernel} is missing)")
+        msg = f"{root}: no kernel modules here (folder {kernel} is missing)"
+        raise InvalidArgumentError(msg)
     builtin_list = root / "modules.builtin"
     builtin = builtin_list.read_text().splitlines() if builtin_list.is_file() else []
     paths = sorted(path for path in kernel.rglob("*.ko*") if path.is_file())
@@ -90,13 +92,13 @@ async def _add(
         return
     chain = (*path, name)
     if name in path:
-        raise InvalidArgumentError(f"kernel modules depend on each other: {' -> '.join(chain)}")
+        msg = f"kernel modules depend on each other: {' -> '.join(chain)}"
+        raise InvalidArgumentError(msg)
     file = tree.files.get(name)
     if file is None:
         needed_by = f" (needed by {path[-1]})" if path else ""
-        raise InvalidArgumentError(
-            f"kernel module {name}{needed_by} is neither in {tree.root} nor built in"
-        )
+        msg = f"kernel module {name}{needed_by} is neither in {tree.root} nor built in"
+        raise InvalidArgumentError(msg)
     data = await _read_module(file, tools=tools)
     depends = module_dependencies(data, name=str(file))
     for dependency in depends:
@@ -111,7 +113,7 @@ async def _add(
 
 
 async def _read_module(path: Path, *, tools: Toolbox) -> bytes:
-    data = path.read_bytes()
+    data = await asyncio.to_thread(path.read_bytes)
     try:
         match path.suffix:
             case ".ko":
@@ -123,8 +125,10 @@ async def _read_module(path: Path, *, tools: Toolbox) -> bytes:
             case ".zst":
                 return await tools.run(Tool.ZSTD, ("-d", "-q", "-c"), data=data)
     except (OSError, EOFError, lzma.LZMAError, InternalError) as error:
-        raise InvalidArgumentError(f"{path}: decompress the module") from error
-    raise InvalidArgumentError(f"{path}: unknown compression {path.suffix}")
+        msg = f"{path}: decompress the module"
+        raise InvalidArgumentError(msg) from error
+    msg = f"{path}: unknown compression {path.suffix}"
+    raise InvalidArgumentError(msg)
 
 
 def module_dependencies(data: bytes, *, name: str) -> tuple[str, ...]:
@@ -136,7 +140,8 @@ def module_dependencies(data: bytes, *, name: str) -> tuple[str, ...]:
     try:
         fields = _modinfo(data).split(b"\0")
     except (struct.error, ValueError, IndexError) as error:
-        raise InvalidArgumentError(f"{name}: no kernel module") from error
+        msg = f"{name}: no kernel module"
+        raise InvalidArgumentError(msg) from error
     depends: list[str] = []
     for entry in fields:
         key, _, value = entry.partition(b"=")

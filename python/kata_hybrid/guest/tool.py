@@ -66,9 +66,8 @@ class Toolbox:
         """
         program = find_tool(tool)
         if program is None:
-            raise FailedPreconditionError(
-                f"{tool.program} is not installed: apt-get install {tool.package}"
-            )
+            msg = f"{tool.program} is not installed: apt-get install {tool.package}"
+            raise FailedPreconditionError(msg)
         with (
             tempfile.TemporaryFile() as stdin,
             tempfile.TemporaryFile() as stdout,
@@ -90,7 +89,8 @@ class Toolbox:
             stderr.seek(0)
             tail = stderr.read().decode("utf-8", "replace").strip()[-_ERROR_TAIL_CHARS:]
         words = " ".join((tool.program, *arguments))
-        raise InternalError(f"{words}: exit status {status}: {tail}")
+        msg = f"{words}: exit status {status}: {tail}"
+        raise InternalError(msg)
 
 
 async def _finish(child: Process, *, name: str, timeout_s: float) -> int:
@@ -98,6 +98,7 @@ async def _finish(child: Process, *, name: str, timeout_s: float) -> int:
         async with asyncio.timeout(timeout_s):
             return await child.exited()
     except TimeoutError as error:
-        raise DeadlineExceededError(f"{name} did not finish in {timeout_s:g} s") from error
+        msg = f"{name} did not finish in {timeout_s:g} s"
+        raise DeadlineExceededError(msg) from error
     finally:
         child.kill()

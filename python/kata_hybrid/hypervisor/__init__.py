@@ -1,0 +1,1 @@
+"""Machine monitors: the contract, QEMU, and which one a host can run."""

@@ -93,7 +93,8 @@ class OutputReader:
         elapsed_s = now_s - self._refilled_at_s
         self._budget = min(_BURST_LINES, self._budget + elapsed_s * _LINES_PER_SECOND)
         self._refilled_at_s = now_s
-        if self._budget < 1:
+        # Once over the rate, silent for a second: whole stretches, not every twentieth line.
+        if self._budget < (_LINES_PER_SECOND if self._dropped_lines else 1):
             self._dropped_lines += 1
             return
         self._budget -= 1

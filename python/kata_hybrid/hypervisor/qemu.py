@@ -170,10 +170,8 @@ class QemuHypervisor:
         monitor, monitor_peer = self._socket_pair()
         console, console_peer = self._socket_pair()
         stderr_read, stderr_write = os.pipe()
-        self._stderr = OutputReader(
-            stderr_read, sink=_log_stderr, tail_bytes=_STDERR_TAIL_BYTES
-        )
-        self._console = OutputReader(console.detach(), sink=_console_log.info)
+        self._stderr = OutputReader(stderr_read, sink=_log_stderr, tail_bytes=_STDERR_TAIL_BYTES)
+        self._console = OutputReader(console.detach(), sink=_log_console)
         try:
             inherited = [monitor_peer.fileno(), console_peer.fileno()]
             if isinstance(vsock, KernelVsock):
@@ -194,7 +192,7 @@ class QemuHypervisor:
                     console_fd=console_peer.fileno(),
                 )
             )
-            _log.debug("qemu command", extra={"fields": {"argv": command}})
+            _log.debug("qemu command", extra={"argv": command})
             self._process = await self._reaper.spawn(
                 command, name="qemu", pass_fds=tuple(inherited), stderr=stderr_write
             )
@@ -258,8 +256,9 @@ class QemuHypervisor:
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 await self.exited()
         except TimeoutError as error:
+            msg = "stop qemu"
             raise VmmError(
-                "stop qemu", f"pid {self._process.pid} outlives SIGKILL by {_STOP_TIMEOUT_S:g} s"
+                msg, f"pid {self._process.pid} outlives SIGKILL by {_STOP_TIMEOUT_S:g} s"
             ) from error
 
     async def exited(self) -> VmExit:
@@ -321,5 +320,9 @@ def _panic_line(console: str) -> str:
     return "" if begin < 0 else console[begin:].split("\n", 1)[0]
 
 
+def _log_console(line: str) -> None:
+    _console_log.info("guest console", extra={"line": line})
+
+
 def _log_stderr(line: str) -> None:
-    _log.warning("qemu says", extra={"fields": {"line": line}})
+    _log.warning("qemu says", extra={"line": line})

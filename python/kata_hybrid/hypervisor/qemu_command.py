@@ -85,7 +85,8 @@ def option(head: str, **values: object) -> str:
 
 def _escape(text: str) -> str:
     if "\0" in text:
-        raise InvalidArgumentError(f"{text!r} has a NUL character")
+        msg = f"{text!r} has a NUL character"
+        raise InvalidArgumentError(msg)
     return text.replace(",", ",,")
 
 
@@ -100,7 +101,8 @@ def disk_pci_path(index: int) -> str:
 
 def _slot(slots: range, index: int, *, what: str) -> int:
     if index >= len(slots):
-        raise ResourceExhaustedError(f"a machine has at most {len(slots)} {what}s")
+        msg = f"a machine has at most {len(slots)} {what}s"
+        raise ResourceExhaustedError(msg)
     return slots[index]
 
 
@@ -111,9 +113,8 @@ def check_serial(disk_id: str) -> None:
         InvalidArgumentError: it does not.
     """
     if not disk_id or len(disk_id.encode()) > _MAX_SERIAL_BYTES or not disk_id.isascii():
-        raise InvalidArgumentError(
-            f"disk id {disk_id!r} is not 1 to {_MAX_SERIAL_BYTES} ASCII characters"
-        )
+        msg = f"disk id {disk_id!r} is not 1 to {_MAX_SERIAL_BYTES} ASCII characters"
+        raise InvalidArgumentError(msg)
 
 
 def build_command(qemu: QemuMachine) -> tuple[str, ...]:
@@ -132,7 +133,7 @@ def build_command(qemu: QemuMachine) -> tuple[str, ...]:
         *("-smp", str(qemu.machine.vcpu_count)),
         *("-m", f"{qemu.machine.memory_mib}M"),
         *_memory(qemu.machine.memory_mib),
-        *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-vga", "none", "-S"),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-no-reboot", "-S"),
         *("-sandbox", _SECCOMP),
         *_boot(qemu.machine),
         *_monitor(qemu.monitor_fd),
@@ -163,7 +164,6 @@ _Q35_WITHOUT: Mapping[str, object] = {
     "usb": False,
     "vmport": False,
     "hpet": False,
-    "graphics": False,
 }
 
 

@@ -87,10 +87,12 @@ class Monitor:
                 await self._client.connect(endpoint)
         except TimeoutError as error:
             endpoint.close()
-            raise VmmError("connect to qemu", f"no greeting in {timeout_s:g} s") from error
+            msg = "connect to qemu"
+            raise VmmError(msg, f"no greeting in {timeout_s:g} s") from error
         except ConnectError as error:
             endpoint.close()
-            raise VmmError("connect to qemu", "it closed the monitor") from error
+            msg = "connect to qemu"
+            raise VmmError(msg, "it closed the monitor") from error
         self._is_connected = True
 
     async def execute(
@@ -105,11 +107,14 @@ class Monitor:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute(command, dict(arguments or {}))
         except TimeoutError as error:
-            raise VmmError(f"qemu {command}", f"no answer in {timeout_s:g} s") from error
+            msg = f"qemu {command}"
+            raise VmmError(msg, f"no answer in {timeout_s:g} s") from error
         except ExecuteError as error:
-            raise VmmError(f"qemu {command}", str(error)) from error
+            msg = f"qemu {command}"
+            raise VmmError(msg, str(error)) from error
         except QMPError as error:
-            raise VmmError(f"qemu {command}", "the monitor is gone") from error
+            msg = f"qemu {command}"
+            raise VmmError(msg, "the monitor is gone") from error
 
     async def disconnect(self, *, timeout_s: float) -> None:
         """Take the last events and close. Idempotent; never raises for a monitor that is gone."""

@@ -55,7 +55,8 @@ def open_kernel_vsock(device: Path = VHOST_VSOCK_DEVICE) -> KernelVsock:
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise VmmError(f"open {device}", os.strerror(error.errno or 0)) from error
+        msg = f"open {device}"
+        raise VmmError(msg, os.strerror(error.errno or 0)) from error
     try:
         return KernelVsock(vhost_fd=fd, guest_cid=_claim_cid(fd, device=device))
     except BaseException:
@@ -71,6 +72,8 @@ def _claim_cid(fd: int, *, device: Path) -> int:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 continue
-            raise VmmError(f"set guest CID on {device}", os.strerror(error.errno or 0)) from error
+            msg = f"set guest CID on {device}"
+            raise VmmError(msg, os.strerror(error.errno or 0)) from error
         return cid
-    raise ResourceExhaustedError(f"no free vsock CID after {_ATTEMPTS} tries")
+    msg = f"no free vsock CID after {_ATTEMPTS} tries"
+    raise ResourceExhaustedError(msg)

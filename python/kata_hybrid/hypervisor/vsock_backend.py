@@ -1,4 +1,4 @@
-"""Our own vhost-user-vsock back end, as :mod:`.qemu` wants it: a factory bound to the I/O thread."""
+"""Our own vhost-user-vsock back end as :mod:`.qemu` wants it: a factory on the I/O thread."""
 
 from kata_hybrid._native import vsock
 from kata_hybrid.aio.events import NativeEvents

@@ -34,7 +34,7 @@ class CreateContainerRequest(_message.Message):
     stdin_port: int
     stdout_port: int
     stderr_port: int
-    def __init__(self, container_id: _Optional[str] = ..., exec_id: _Optional[str] = ..., string_user: _Optional[_Union[StringUser, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., OCI: _Optional[_Union[_oci_pb2.Spec, _Mapping]] = ..., sandbox_pidns: _Optional[bool] = ..., shared_mounts: _Optional[_Iterable[_Union[SharedMount, _Mapping]]] = ..., stdin_port: _Optional[int] = ..., stdout_port: _Optional[int] = ..., stderr_port: _Optional[int] = ...) -> None: ...
+    def __init__(self, container_id: _Optional[str] = ..., exec_id: _Optional[str] = ..., string_user: _Optional[_Union[StringUser, _Mapping[str, object]]] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping[str, object]]]] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping[str, object]]]] = ..., OCI: _Optional[_Union[_oci_pb2.Spec, _Mapping[str, object]]] = ..., sandbox_pidns: _Optional[bool] = ..., shared_mounts: _Optional[_Iterable[_Union[SharedMount, _Mapping[str, object]]]] = ..., stdin_port: _Optional[int] = ..., stdout_port: _Optional[int] = ..., stderr_port: _Optional[int] = ...) -> None: ...
 
 class StartContainerRequest(_message.Message):
     __slots__ = ("container_id",)
@@ -66,7 +66,7 @@ class ExecProcessRequest(_message.Message):
     stdin_port: int
     stdout_port: int
     stderr_port: int
-    def __init__(self, container_id: _Optional[str] = ..., exec_id: _Optional[str] = ..., string_user: _Optional[_Union[StringUser, _Mapping]] = ..., process: _Optional[_Union[_oci_pb2.Process, _Mapping]] = ..., stdin_port: _Optional[int] = ..., stdout_port: _Optional[int] = ..., stderr_port: _Optional[int] = ...) -> None: ...
+    def __init__(self, container_id: _Optional[str] = ..., exec_id: _Optional[str] = ..., string_user: _Optional[_Union[StringUser, _Mapping[str, object]]] = ..., process: _Optional[_Union[_oci_pb2.Process, _Mapping[str, object]]] = ..., stdin_port: _Optional[int] = ..., stdout_port: _Optional[int] = ..., stderr_port: _Optional[int] = ...) -> None: ...
 
 class SignalProcessRequest(_message.Message):
     __slots__ = ("container_id", "exec_id", "signal")
@@ -98,13 +98,13 @@ class UpdateContainerRequest(_message.Message):
     RESOURCES_FIELD_NUMBER: _ClassVar[int]
     container_id: str
     resources: _oci_pb2.LinuxResources
-    def __init__(self, container_id: _Optional[str] = ..., resources: _Optional[_Union[_oci_pb2.LinuxResources, _Mapping]] = ...) -> None: ...
+    def __init__(self, container_id: _Optional[str] = ..., resources: _Optional[_Union[_oci_pb2.LinuxResources, _Mapping[str, object]]] = ...) -> None: ...
 
 class UpdateEphemeralMountsRequest(_message.Message):
     __slots__ = ("storages",)
     STORAGES_FIELD_NUMBER: _ClassVar[int]
     storages: _containers.RepeatedCompositeFieldContainer[Storage]
-    def __init__(self, storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ...) -> None: ...
+    def __init__(self, storages: _Optional[_Iterable[_Union[Storage, _Mapping[str, object]]]] = ...) -> None: ...
 
 class StatsContainerRequest(_message.Message):
     __slots__ = ("container_id",)
@@ -236,7 +236,7 @@ class Storage(_message.Message):
     mount_point: str
     fs_group: FSGroup
     shared: bool
-    def __init__(self, driver: _Optional[str] = ..., driver_options: _Optional[_Iterable[str]] = ..., source: _Optional[str] = ..., fstype: _Optional[str] = ..., options: _Optional[_Iterable[str]] = ..., mount_point: _Optional[str] = ..., fs_group: _Optional[_Union[FSGroup, _Mapping]] = ..., shared: _Optional[bool] = ...) -> None: ...
+    def __init__(self, driver: _Optional[str] = ..., driver_options: _Optional[_Iterable[str]] = ..., source: _Optional[str] = ..., fstype: _Optional[str] = ..., options: _Optional[_Iterable[str]] = ..., mount_point: _Optional[str] = ..., fs_group: _Optional[_Union[FSGroup, _Mapping[str, object]]] = ..., shared: _Optional[bool] = ...) -> None: ...
 
 class FSGroup(_message.Message):
     __slots__ = ("group_id", "group_change_policy")
@@ -266,7 +266,7 @@ class StatsContainerResponse(_message.Message):
     NETWORK_STATS_FIELD_NUMBER: _ClassVar[int]
     cgroup_stats: CgroupStats
     network_stats: _containers.RepeatedCompositeFieldContainer[NetworkStats]
-    def __init__(self, cgroup_stats: _Optional[_Union[CgroupStats, _Mapping]] = ..., network_stats: _Optional[_Iterable[_Union[NetworkStats, _Mapping]]] = ...) -> None: ...
+    def __init__(self, cgroup_stats: _Optional[_Union[CgroupStats, _Mapping[str, object]]] = ..., network_stats: _Optional[_Iterable[_Union[NetworkStats, _Mapping[str, object]]]] = ...) -> None: ...
 
 class CgroupStats(_message.Message):
     __slots__ = ("cpu_stats", "memory_stats", "pids_stats", "blkio_stats", "hugetlb_stats")
@@ -276,7 +276,7 @@ class CgroupStats(_message.Message):
         VALUE_FIELD_NUMBER: _ClassVar[int]
         key: str
         value: HugetlbStats
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[HugetlbStats, _Mapping]] = ...) -> None: ...
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[HugetlbStats, _Mapping[str, object]]] = ...) -> None: ...
     CPU_STATS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_STATS_FIELD_NUMBER: _ClassVar[int]
     PIDS_STATS_FIELD_NUMBER: _ClassVar[int]
@@ -287,7 +287,7 @@ class CgroupStats(_message.Message):
     pids_stats: PidsStats
     blkio_stats: BlkioStats
     hugetlb_stats: _containers.MessageMap[str, HugetlbStats]
-    def __init__(self, cpu_stats: _Optional[_Union[CpuStats, _Mapping]] = ..., memory_stats: _Optional[_Union[MemoryStats, _Mapping]] = ..., pids_stats: _Optional[_Union[PidsStats, _Mapping]] = ..., blkio_stats: _Optional[_Union[BlkioStats, _Mapping]] = ..., hugetlb_stats: _Optional[_Mapping[str, HugetlbStats]] = ...) -> None: ...
+    def __init__(self, cpu_stats: _Optional[_Union[CpuStats, _Mapping[str, object]]] = ..., memory_stats: _Optional[_Union[MemoryStats, _Mapping[str, object]]] = ..., pids_stats: _Optional[_Union[PidsStats, _Mapping[str, object]]] = ..., blkio_stats: _Optional[_Union[BlkioStats, _Mapping[str, object]]] = ..., hugetlb_stats: _Optional[_Mapping[str, HugetlbStats]] = ...) -> None: ...
 
 class CpuStats(_message.Message):
     __slots__ = ("cpu_usage", "throttling_data")
@@ -295,7 +295,7 @@ class CpuStats(_message.Message):
     THROTTLING_DATA_FIELD_NUMBER: _ClassVar[int]
     cpu_usage: CpuUsage
     throttling_data: ThrottlingData
-    def __init__(self, cpu_usage: _Optional[_Union[CpuUsage, _Mapping]] = ..., throttling_data: _Optional[_Union[ThrottlingData, _Mapping]] = ...) -> None: ...
+    def __init__(self, cpu_usage: _Optional[_Union[CpuUsage, _Mapping[str, object]]] = ..., throttling_data: _Optional[_Union[ThrottlingData, _Mapping[str, object]]] = ...) -> None: ...
 
 class CpuUsage(_message.Message):
     __slots__ = ("total_usage", "percpu_usage", "usage_in_kernelmode", "usage_in_usermode")
@@ -360,7 +360,7 @@ class MemoryStats(_message.Message):
     kernel_usage: MemoryData
     use_hierarchy: bool
     stats: _containers.ScalarMap[str, int]
-    def __init__(self, cache: _Optional[int] = ..., usage: _Optional[_Union[MemoryData, _Mapping]] = ..., swap_usage: _Optional[_Union[MemoryData, _Mapping]] = ..., kernel_usage: _Optional[_Union[MemoryData, _Mapping]] = ..., use_hierarchy: _Optional[bool] = ..., stats: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    def __init__(self, cache: _Optional[int] = ..., usage: _Optional[_Union[MemoryData, _Mapping[str, object]]] = ..., swap_usage: _Optional[_Union[MemoryData, _Mapping[str, object]]] = ..., kernel_usage: _Optional[_Union[MemoryData, _Mapping[str, object]]] = ..., use_hierarchy: _Optional[bool] = ..., stats: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class BlkioStatsEntry(_message.Message):
     __slots__ = ("major", "minor", "op", "value")
@@ -392,7 +392,7 @@ class BlkioStats(_message.Message):
     io_merged_recursive: _containers.RepeatedCompositeFieldContainer[BlkioStatsEntry]
     io_time_recursive: _containers.RepeatedCompositeFieldContainer[BlkioStatsEntry]
     sectors_recursive: _containers.RepeatedCompositeFieldContainer[BlkioStatsEntry]
-    def __init__(self, io_service_bytes_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping]]] = ..., io_serviced_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping]]] = ..., io_queued_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping]]] = ..., io_service_time_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping]]] = ..., io_wait_time_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping]]] = ..., io_merged_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping]]] = ..., io_time_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping]]] = ..., sectors_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping]]] = ...) -> None: ...
+    def __init__(self, io_service_bytes_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping[str, object]]]] = ..., io_serviced_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping[str, object]]]] = ..., io_queued_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping[str, object]]]] = ..., io_service_time_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping[str, object]]]] = ..., io_wait_time_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping[str, object]]]] = ..., io_merged_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping[str, object]]]] = ..., io_time_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping[str, object]]]] = ..., sectors_recursive: _Optional[_Iterable[_Union[BlkioStatsEntry, _Mapping[str, object]]]] = ...) -> None: ...
 
 class HugetlbStats(_message.Message):
     __slots__ = ("usage", "max_usage", "failcnt")
@@ -450,7 +450,7 @@ class CreateSandboxRequest(_message.Message):
     sandbox_id: str
     guest_hook_path: str
     kernel_modules: _containers.RepeatedCompositeFieldContainer[KernelModule]
-    def __init__(self, hostname: _Optional[str] = ..., dns: _Optional[_Iterable[str]] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping]]] = ..., sandbox_pidns: _Optional[bool] = ..., sandbox_id: _Optional[str] = ..., guest_hook_path: _Optional[str] = ..., kernel_modules: _Optional[_Iterable[_Union[KernelModule, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hostname: _Optional[str] = ..., dns: _Optional[_Iterable[str]] = ..., storages: _Optional[_Iterable[_Union[Storage, _Mapping[str, object]]]] = ..., sandbox_pidns: _Optional[bool] = ..., sandbox_id: _Optional[str] = ..., guest_hook_path: _Optional[str] = ..., kernel_modules: _Optional[_Iterable[_Union[KernelModule, _Mapping[str, object]]]] = ...) -> None: ...
 
 class DestroySandboxRequest(_message.Message):
     __slots__ = ()
@@ -460,25 +460,25 @@ class Interfaces(_message.Message):
     __slots__ = ("Interfaces",)
     INTERFACES_FIELD_NUMBER: _ClassVar[int]
     Interfaces: _containers.RepeatedCompositeFieldContainer[_agent_types_pb2.Interface]
-    def __init__(self, Interfaces: _Optional[_Iterable[_Union[_agent_types_pb2.Interface, _Mapping]]] = ...) -> None: ...
+    def __init__(self, Interfaces: _Optional[_Iterable[_Union[_agent_types_pb2.Interface, _Mapping[str, object]]]] = ...) -> None: ...
 
 class Routes(_message.Message):
     __slots__ = ("Routes",)
     ROUTES_FIELD_NUMBER: _ClassVar[int]
     Routes: _containers.RepeatedCompositeFieldContainer[_agent_types_pb2.Route]
-    def __init__(self, Routes: _Optional[_Iterable[_Union[_agent_types_pb2.Route, _Mapping]]] = ...) -> None: ...
+    def __init__(self, Routes: _Optional[_Iterable[_Union[_agent_types_pb2.Route, _Mapping[str, object]]]] = ...) -> None: ...
 
 class UpdateInterfaceRequest(_message.Message):
     __slots__ = ("interface",)
     INTERFACE_FIELD_NUMBER: _ClassVar[int]
     interface: _agent_types_pb2.Interface
-    def __init__(self, interface: _Optional[_Union[_agent_types_pb2.Interface, _Mapping]] = ...) -> None: ...
+    def __init__(self, interface: _Optional[_Union[_agent_types_pb2.Interface, _Mapping[str, object]]] = ...) -> None: ...
 
 class UpdateRoutesRequest(_message.Message):
     __slots__ = ("routes",)
     ROUTES_FIELD_NUMBER: _ClassVar[int]
     routes: Routes
-    def __init__(self, routes: _Optional[_Union[Routes, _Mapping]] = ...) -> None: ...
+    def __init__(self, routes: _Optional[_Union[Routes, _Mapping[str, object]]] = ...) -> None: ...
 
 class ListInterfacesRequest(_message.Message):
     __slots__ = ()
@@ -492,13 +492,13 @@ class ARPNeighbors(_message.Message):
     __slots__ = ("ARPNeighbors",)
     ARPNEIGHBORS_FIELD_NUMBER: _ClassVar[int]
     ARPNeighbors: _containers.RepeatedCompositeFieldContainer[_agent_types_pb2.ARPNeighbor]
-    def __init__(self, ARPNeighbors: _Optional[_Iterable[_Union[_agent_types_pb2.ARPNeighbor, _Mapping]]] = ...) -> None: ...
+    def __init__(self, ARPNeighbors: _Optional[_Iterable[_Union[_agent_types_pb2.ARPNeighbor, _Mapping[str, object]]]] = ...) -> None: ...
 
 class AddARPNeighborsRequest(_message.Message):
     __slots__ = ("neighbors",)
     NEIGHBORS_FIELD_NUMBER: _ClassVar[int]
     neighbors: ARPNeighbors
-    def __init__(self, neighbors: _Optional[_Union[ARPNeighbors, _Mapping]] = ...) -> None: ...
+    def __init__(self, neighbors: _Optional[_Union[ARPNeighbors, _Mapping[str, object]]] = ...) -> None: ...
 
 class GetIPTablesRequest(_message.Message):
     __slots__ = ("is_ipv6",)
@@ -574,7 +574,7 @@ class GuestDetailsResponse(_message.Message):
     mem_block_size_bytes: int
     agent_details: AgentDetails
     support_mem_hotplug_probe: bool
-    def __init__(self, mem_block_size_bytes: _Optional[int] = ..., agent_details: _Optional[_Union[AgentDetails, _Mapping]] = ..., support_mem_hotplug_probe: _Optional[bool] = ...) -> None: ...
+    def __init__(self, mem_block_size_bytes: _Optional[int] = ..., agent_details: _Optional[_Union[AgentDetails, _Mapping[str, object]]] = ..., support_mem_hotplug_probe: _Optional[bool] = ...) -> None: ...
 
 class MemHotplugByProbeRequest(_message.Message):
     __slots__ = ("memHotplugProbeAddr",)

@@ -35,7 +35,7 @@ class Spec(_message.Message):
     Linux: Linux
     Solaris: Solaris
     Windows: Windows
-    def __init__(self, Version: _Optional[str] = ..., Process: _Optional[_Union[Process, _Mapping]] = ..., Root: _Optional[_Union[Root, _Mapping]] = ..., Hostname: _Optional[str] = ..., Mounts: _Optional[_Iterable[_Union[Mount, _Mapping]]] = ..., Hooks: _Optional[_Union[Hooks, _Mapping]] = ..., Annotations: _Optional[_Mapping[str, str]] = ..., Linux: _Optional[_Union[Linux, _Mapping]] = ..., Solaris: _Optional[_Union[Solaris, _Mapping]] = ..., Windows: _Optional[_Union[Windows, _Mapping]] = ...) -> None: ...
+    def __init__(self, Version: _Optional[str] = ..., Process: _Optional[_Union[Process, _Mapping[str, object]]] = ..., Root: _Optional[_Union[Root, _Mapping[str, object]]] = ..., Hostname: _Optional[str] = ..., Mounts: _Optional[_Iterable[_Union[Mount, _Mapping[str, object]]]] = ..., Hooks: _Optional[_Union[Hooks, _Mapping[str, object]]] = ..., Annotations: _Optional[_Mapping[str, str]] = ..., Linux: _Optional[_Union[Linux, _Mapping[str, object]]] = ..., Solaris: _Optional[_Union[Solaris, _Mapping[str, object]]] = ..., Windows: _Optional[_Union[Windows, _Mapping[str, object]]] = ...) -> None: ...
 
 class Process(_message.Message):
     __slots__ = ("Terminal", "ConsoleSize", "User", "Args", "Env", "Cwd", "Capabilities", "Rlimits", "NoNewPrivileges", "ApparmorProfile", "OOMScoreAdj", "SelinuxLabel")
@@ -63,7 +63,7 @@ class Process(_message.Message):
     ApparmorProfile: str
     OOMScoreAdj: int
     SelinuxLabel: str
-    def __init__(self, Terminal: _Optional[bool] = ..., ConsoleSize: _Optional[_Union[Box, _Mapping]] = ..., User: _Optional[_Union[User, _Mapping]] = ..., Args: _Optional[_Iterable[str]] = ..., Env: _Optional[_Iterable[str]] = ..., Cwd: _Optional[str] = ..., Capabilities: _Optional[_Union[LinuxCapabilities, _Mapping]] = ..., Rlimits: _Optional[_Iterable[_Union[POSIXRlimit, _Mapping]]] = ..., NoNewPrivileges: _Optional[bool] = ..., ApparmorProfile: _Optional[str] = ..., OOMScoreAdj: _Optional[int] = ..., SelinuxLabel: _Optional[str] = ...) -> None: ...
+    def __init__(self, Terminal: _Optional[bool] = ..., ConsoleSize: _Optional[_Union[Box, _Mapping[str, object]]] = ..., User: _Optional[_Union[User, _Mapping[str, object]]] = ..., Args: _Optional[_Iterable[str]] = ..., Env: _Optional[_Iterable[str]] = ..., Cwd: _Optional[str] = ..., Capabilities: _Optional[_Union[LinuxCapabilities, _Mapping[str, object]]] = ..., Rlimits: _Optional[_Iterable[_Union[POSIXRlimit, _Mapping[str, object]]]] = ..., NoNewPrivileges: _Optional[bool] = ..., ApparmorProfile: _Optional[str] = ..., OOMScoreAdj: _Optional[int] = ..., SelinuxLabel: _Optional[str] = ...) -> None: ...
 
 class Box(_message.Message):
     __slots__ = ("Height", "Width")
@@ -143,7 +143,7 @@ class Hooks(_message.Message):
     CreateRuntime: _containers.RepeatedCompositeFieldContainer[Hook]
     CreateContainer: _containers.RepeatedCompositeFieldContainer[Hook]
     StartContainer: _containers.RepeatedCompositeFieldContainer[Hook]
-    def __init__(self, Prestart: _Optional[_Iterable[_Union[Hook, _Mapping]]] = ..., Poststart: _Optional[_Iterable[_Union[Hook, _Mapping]]] = ..., Poststop: _Optional[_Iterable[_Union[Hook, _Mapping]]] = ..., CreateRuntime: _Optional[_Iterable[_Union[Hook, _Mapping]]] = ..., CreateContainer: _Optional[_Iterable[_Union[Hook, _Mapping]]] = ..., StartContainer: _Optional[_Iterable[_Union[Hook, _Mapping]]] = ...) -> None: ...
+    def __init__(self, Prestart: _Optional[_Iterable[_Union[Hook, _Mapping[str, object]]]] = ..., Poststart: _Optional[_Iterable[_Union[Hook, _Mapping[str, object]]]] = ..., Poststop: _Optional[_Iterable[_Union[Hook, _Mapping[str, object]]]] = ..., CreateRuntime: _Optional[_Iterable[_Union[Hook, _Mapping[str, object]]]] = ..., CreateContainer: _Optional[_Iterable[_Union[Hook, _Mapping[str, object]]]] = ..., StartContainer: _Optional[_Iterable[_Union[Hook, _Mapping[str, object]]]] = ...) -> None: ...
 
 class Hook(_message.Message):
     __slots__ = ("Path", "Args", "Env", "Timeout")
@@ -192,7 +192,7 @@ class Linux(_message.Message):
     ReadonlyPaths: _containers.RepeatedScalarFieldContainer[str]
     MountLabel: str
     IntelRdt: LinuxIntelRdt
-    def __init__(self, UIDMappings: _Optional[_Iterable[_Union[LinuxIDMapping, _Mapping]]] = ..., GIDMappings: _Optional[_Iterable[_Union[LinuxIDMapping, _Mapping]]] = ..., Sysctl: _Optional[_Mapping[str, str]] = ..., Resources: _Optional[_Union[LinuxResources, _Mapping]] = ..., CgroupsPath: _Optional[str] = ..., Namespaces: _Optional[_Iterable[_Union[LinuxNamespace, _Mapping]]] = ..., Devices: _Optional[_Iterable[_Union[LinuxDevice, _Mapping]]] = ..., Seccomp: _Optional[_Union[LinuxSeccomp, _Mapping]] = ..., RootfsPropagation: _Optional[str] = ..., MaskedPaths: _Optional[_Iterable[str]] = ..., ReadonlyPaths: _Optional[_Iterable[str]] = ..., MountLabel: _Optional[str] = ..., IntelRdt: _Optional[_Union[LinuxIntelRdt, _Mapping]] = ...) -> None: ...
+    def __init__(self, UIDMappings: _Optional[_Iterable[_Union[LinuxIDMapping, _Mapping[str, object]]]] = ..., GIDMappings: _Optional[_Iterable[_Union[LinuxIDMapping, _Mapping[str, object]]]] = ..., Sysctl: _Optional[_Mapping[str, str]] = ..., Resources: _Optional[_Union[LinuxResources, _Mapping[str, object]]] = ..., CgroupsPath: _Optional[str] = ..., Namespaces: _Optional[_Iterable[_Union[LinuxNamespace, _Mapping[str, object]]]] = ..., Devices: _Optional[_Iterable[_Union[LinuxDevice, _Mapping[str, object]]]] = ..., Seccomp: _Optional[_Union[LinuxSeccomp, _Mapping[str, object]]] = ..., RootfsPropagation: _Optional[str] = ..., MaskedPaths: _Optional[_Iterable[str]] = ..., ReadonlyPaths: _Optional[_Iterable[str]] = ..., MountLabel: _Optional[str] = ..., IntelRdt: _Optional[_Union[LinuxIntelRdt, _Mapping[str, object]]] = ...) -> None: ...
 
 class Windows(_message.Message):
     __slots__ = ("dummy",)
@@ -258,7 +258,7 @@ class LinuxResources(_message.Message):
     BlockIO: LinuxBlockIO
     HugepageLimits: _containers.RepeatedCompositeFieldContainer[LinuxHugepageLimit]
     Network: LinuxNetwork
-    def __init__(self, Devices: _Optional[_Iterable[_Union[LinuxDeviceCgroup, _Mapping]]] = ..., Memory: _Optional[_Union[LinuxMemory, _Mapping]] = ..., CPU: _Optional[_Union[LinuxCPU, _Mapping]] = ..., Pids: _Optional[_Union[LinuxPids, _Mapping]] = ..., BlockIO: _Optional[_Union[LinuxBlockIO, _Mapping]] = ..., HugepageLimits: _Optional[_Iterable[_Union[LinuxHugepageLimit, _Mapping]]] = ..., Network: _Optional[_Union[LinuxNetwork, _Mapping]] = ...) -> None: ...
+    def __init__(self, Devices: _Optional[_Iterable[_Union[LinuxDeviceCgroup, _Mapping[str, object]]]] = ..., Memory: _Optional[_Union[LinuxMemory, _Mapping[str, object]]] = ..., CPU: _Optional[_Union[LinuxCPU, _Mapping[str, object]]] = ..., Pids: _Optional[_Union[LinuxPids, _Mapping[str, object]]] = ..., BlockIO: _Optional[_Union[LinuxBlockIO, _Mapping[str, object]]] = ..., HugepageLimits: _Optional[_Iterable[_Union[LinuxHugepageLimit, _Mapping[str, object]]]] = ..., Network: _Optional[_Union[LinuxNetwork, _Mapping[str, object]]] = ...) -> None: ...
 
 class LinuxMemory(_message.Message):
     __slots__ = ("Limit", "Reservation", "Swap", "Kernel", "KernelTCP", "Swappiness", "DisableOOMKiller")
@@ -334,7 +334,7 @@ class LinuxBlockIO(_message.Message):
     ThrottleWriteBpsDevice: _containers.RepeatedCompositeFieldContainer[LinuxThrottleDevice]
     ThrottleReadIOPSDevice: _containers.RepeatedCompositeFieldContainer[LinuxThrottleDevice]
     ThrottleWriteIOPSDevice: _containers.RepeatedCompositeFieldContainer[LinuxThrottleDevice]
-    def __init__(self, Weight: _Optional[int] = ..., LeafWeight: _Optional[int] = ..., WeightDevice: _Optional[_Iterable[_Union[LinuxWeightDevice, _Mapping]]] = ..., ThrottleReadBpsDevice: _Optional[_Iterable[_Union[LinuxThrottleDevice, _Mapping]]] = ..., ThrottleWriteBpsDevice: _Optional[_Iterable[_Union[LinuxThrottleDevice, _Mapping]]] = ..., ThrottleReadIOPSDevice: _Optional[_Iterable[_Union[LinuxThrottleDevice, _Mapping]]] = ..., ThrottleWriteIOPSDevice: _Optional[_Iterable[_Union[LinuxThrottleDevice, _Mapping]]] = ...) -> None: ...
+    def __init__(self, Weight: _Optional[int] = ..., LeafWeight: _Optional[int] = ..., WeightDevice: _Optional[_Iterable[_Union[LinuxWeightDevice, _Mapping[str, object]]]] = ..., ThrottleReadBpsDevice: _Optional[_Iterable[_Union[LinuxThrottleDevice, _Mapping[str, object]]]] = ..., ThrottleWriteBpsDevice: _Optional[_Iterable[_Union[LinuxThrottleDevice, _Mapping[str, object]]]] = ..., ThrottleReadIOPSDevice: _Optional[_Iterable[_Union[LinuxThrottleDevice, _Mapping[str, object]]]] = ..., ThrottleWriteIOPSDevice: _Optional[_Iterable[_Union[LinuxThrottleDevice, _Mapping[str, object]]]] = ...) -> None: ...
 
 class LinuxPids(_message.Message):
     __slots__ = ("Limit",)
@@ -362,7 +362,7 @@ class LinuxNetwork(_message.Message):
     PRIORITIES_FIELD_NUMBER: _ClassVar[int]
     ClassID: int
     Priorities: _containers.RepeatedCompositeFieldContainer[LinuxInterfacePriority]
-    def __init__(self, ClassID: _Optional[int] = ..., Priorities: _Optional[_Iterable[_Union[LinuxInterfacePriority, _Mapping]]] = ...) -> None: ...
+    def __init__(self, ClassID: _Optional[int] = ..., Priorities: _Optional[_Iterable[_Union[LinuxInterfacePriority, _Mapping[str, object]]]] = ...) -> None: ...
 
 class LinuxInterfacePriority(_message.Message):
     __slots__ = ("Name", "Priority")
@@ -390,7 +390,7 @@ class LinuxSeccomp(_message.Message):
     Architectures: _containers.RepeatedScalarFieldContainer[str]
     Flags: _containers.RepeatedScalarFieldContainer[str]
     Syscalls: _containers.RepeatedCompositeFieldContainer[LinuxSyscall]
-    def __init__(self, DefaultAction: _Optional[str] = ..., Architectures: _Optional[_Iterable[str]] = ..., Flags: _Optional[_Iterable[str]] = ..., Syscalls: _Optional[_Iterable[_Union[LinuxSyscall, _Mapping]]] = ...) -> None: ...
+    def __init__(self, DefaultAction: _Optional[str] = ..., Architectures: _Optional[_Iterable[str]] = ..., Flags: _Optional[_Iterable[str]] = ..., Syscalls: _Optional[_Iterable[_Union[LinuxSyscall, _Mapping[str, object]]]] = ...) -> None: ...
 
 class LinuxSyscall(_message.Message):
     __slots__ = ("Names", "Action", "errnoret", "Args")
@@ -402,7 +402,7 @@ class LinuxSyscall(_message.Message):
     Action: str
     errnoret: int
     Args: _containers.RepeatedCompositeFieldContainer[LinuxSeccompArg]
-    def __init__(self, Names: _Optional[_Iterable[str]] = ..., Action: _Optional[str] = ..., errnoret: _Optional[int] = ..., Args: _Optional[_Iterable[_Union[LinuxSeccompArg, _Mapping]]] = ...) -> None: ...
+    def __init__(self, Names: _Optional[_Iterable[str]] = ..., Action: _Optional[str] = ..., errnoret: _Optional[int] = ..., Args: _Optional[_Iterable[_Union[LinuxSeccompArg, _Mapping[str, object]]]] = ...) -> None: ...
 
 class LinuxSeccompArg(_message.Message):
     __slots__ = ("Index", "Value", "ValueTwo", "Op")

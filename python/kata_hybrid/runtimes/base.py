@@ -142,7 +142,9 @@ class Runtime(Protocol):
     async def start(self, container_id: ContainerId, exec_id: ExecId | None) -> int:
         """Start a container or an exec and return its pid."""
 
-    async def delete(self, container_id: ContainerId, exec_id: ExecId | None) -> tuple[int, ExitInfo]:
+    async def delete(
+        self, container_id: ContainerId, exec_id: ExecId | None
+    ) -> tuple[int, ExitInfo]:
         """Forget a process that does not run; return its pid and how it ended."""
 
     async def exec(

@@ -120,7 +120,7 @@ def timestamp(time_ns: int) -> Timestamp:
     return Timestamp(seconds=time_ns // _NS, nanos=time_ns % _NS)
 
 
-def event_message(event: TaskEvent) -> tuple[str, Message]:
+def event_message(event: TaskEvent) -> tuple[str, Message]:  # noqa: PLR0911 - one for each kind
     """Return the topic and the message of an event."""
     match event:
         case TaskCreated():

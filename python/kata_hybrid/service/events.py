@@ -125,9 +125,7 @@ class EventPublisher:
             except KataError as error:
                 refusals += 1
                 if refusals >= _MAX_REFUSALS:
-                    _LOG.error(  # noqa: TRY400 - a refusal, not our bug
-                        "event refused", extra={"topic": envelope.topic, "reason": error}
-                    )
+                    _LOG.error("event refused", extra={"topic": envelope.topic, "reason": error})
                     return
             else:
                 if self._is_away:

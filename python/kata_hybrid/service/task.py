@@ -134,7 +134,7 @@ class TaskService:
             id=state.container_id,
             bundle=state.bundle,
             pid=state.pid,
-            status=task_pb2.Status.ValueType(state.status.value),
+            status=state.status.name,
             stdin=state.stdio.stdin,
             stdout=state.stdio.stdout,
             stderr=state.stdio.stderr,

@@ -188,9 +188,7 @@ class _ClientProtocol(asyncio.Protocol):
         self._next_stream_id += 2
         future: asyncio.Future[ttrpc_pb2.Response] = asyncio.get_running_loop().create_future()
         self._calls[stream_id] = future
-        self.transport.write(
-            encode_frame(stream_id, frame_type=FrameType.REQUEST, payload=payload)
-        )
+        self.transport.write(encode_frame(stream_id, frame_type=FrameType.REQUEST, payload=payload))
         return stream_id, future
 
     def forget(self, stream_id: int) -> None:

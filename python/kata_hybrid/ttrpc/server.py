@@ -89,7 +89,7 @@ class Server:
         Raises:
             OSError: it is not a listening Unix stream socket.
         """
-        listener.setblocking(False)
+        listener.setblocking(False)  # noqa: FBT003 - positional only
         self._listener = await asyncio.get_running_loop().create_unix_server(
             lambda: _Connection(self), sock=listener, backlog=256
         )
@@ -142,6 +142,9 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if not isinstance(transport, asyncio.Transport):  # pragma: no cover - asyncio's promise
             transport.close()
+            return
+        if self._server._listener is None:  # noqa: SLF001 - accepted as the server closed
+            transport.abort()
             return
         if (uid := _peer_uid(transport)) != os.geteuid():
             _LOG.warning("refused a connection", extra={"peer_uid": uid})
@@ -302,9 +305,7 @@ async def _call(request: ttrpc_pb2.Request, method: Method) -> bytes:
 
 def _peer_uid(transport: asyncio.Transport) -> int:
     peer = transport.get_extra_info("socket")
-    _, uid, _ = _UCRED.unpack(
-        peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    )
+    _, uid, _ = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return int(uid)
 
 

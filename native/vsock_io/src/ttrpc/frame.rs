@@ -36,10 +36,10 @@ impl FrameHeader {
     /// Take a header apart.
     #[must_use]
     pub fn from_bytes(bytes: [u8; HEADER_LEN]) -> Self {
-        let [a, b, c, d, e, f, g, h, kind, flags] = bytes;
+        let [l0, l1, l2, l3, s0, s1, s2, s3, kind, flags] = bytes;
         Self {
-            length: u32::from_be_bytes([a, b, c, d]),
-            stream_id: u32::from_be_bytes([e, f, g, h]),
+            length: u32::from_be_bytes([l0, l1, l2, l3]),
+            stream_id: u32::from_be_bytes([s0, s1, s2, s3]),
             kind,
             flags,
         }
@@ -48,9 +48,9 @@ impl FrameHeader {
     /// Put a header together.
     #[must_use]
     pub fn to_bytes(self) -> [u8; HEADER_LEN] {
-        let [a, b, c, d] = self.length.to_be_bytes();
-        let [e, f, g, h] = self.stream_id.to_be_bytes();
-        [a, b, c, d, e, f, g, h, self.kind, self.flags]
+        let [l0, l1, l2, l3] = self.length.to_be_bytes();
+        let [s0, s1, s2, s3] = self.stream_id.to_be_bytes();
+        [l0, l1, l2, l3, s0, s1, s2, s3, self.kind, self.flags]
     }
 }
 
@@ -85,6 +85,16 @@ impl Default for FrameDecoder {
 }
 
 impl FrameDecoder {
+    /// A decoder that holds no memory until it is used.
+    pub fn empty() -> Self {
+        Self {
+            buffer: Vec::new(),
+            start: 0,
+            end: 0,
+            discard: 0,
+        }
+    }
+
     /// Room for more bytes of the stream; never empty. Call [`next`](Self::next) until it
     /// returns `None` first, or the buffer grows without need.
     pub fn spare(&mut self) -> &mut [u8] {

@@ -96,6 +96,7 @@ impl<'m> GuestBuffers<'m> {
     }
 
     /// The `len` bytes from `offset`; fewer if the buffers end before.
+    #[must_use]
     pub fn range(&self, offset: usize, len: usize) -> GuestBuffers<'m> {
         let mut range = GuestBuffers::default();
         let (mut skip, mut rest) = (offset, len);

@@ -84,14 +84,35 @@ pub struct ControlPacket {
     pub flags: u32,
 }
 
-/// Control packets that wait for a guest buffer. At most one of each kind: bounded by design.
+/// Control packets that wait for a guest buffer: at most one of each kind, bounded by design.
 #[derive(Clone, Copy, Debug, Default)]
-struct PendingControl {
-    request: bool,
-    response: bool,
-    shutdown: bool,
-    credit_update: bool,
-    credit_request: bool,
+struct PendingControl(u16);
+
+impl PendingControl {
+    /// The most urgent first. Resets never wait here: they outlive the connection.
+    const ORDER: [Operation; 5] = [
+        Operation::Request,
+        Operation::Response,
+        Operation::Shutdown,
+        Operation::CreditRequest,
+        Operation::CreditUpdate,
+    ];
+
+    fn of(operation: Operation) -> Self {
+        Self(1 << operation as u16)
+    }
+
+    fn insert(&mut self, operation: Operation) {
+        self.0 |= Self::of(operation).0;
+    }
+
+    fn remove(&mut self, operation: Operation) {
+        self.0 &= !Self::of(operation).0;
+    }
+
+    fn first(self) -> Option<Operation> {
+        Self::ORDER.into_iter().find(|operation| self.0 & Self::of(*operation).0 != 0)
+    }
 }
 
 /// The state of one stream.
@@ -110,7 +131,7 @@ pub struct Connection {
 impl Connection {
     /// The host wants a connection to the guest: queues REQUEST.
     pub fn requested() -> Self {
-        let pending = PendingControl { request: true, ..Default::default() };
+        let pending = PendingControl::of(Operation::Request);
         Self::new(Phase::Requested, Credit::default(), pending)
     }
 
@@ -118,7 +139,7 @@ impl Connection {
     pub fn accepted(request: &PacketHeader) -> Self {
         let mut credit = Credit::default();
         credit.learn(request.buf_alloc, request.fwd_cnt);
-        let pending = PendingControl { response: true, ..Default::default() };
+        let pending = PendingControl::of(Operation::Response);
         Self::new(Phase::Established, credit, pending)
     }
 
@@ -180,7 +201,7 @@ impl Connection {
                 Ok(Action::HalfClosed)
             }
             (Phase::Established | Phase::Closing, Operation::CreditRequest) => {
-                self.pending.credit_update = true;
+                self.pending.insert(Operation::CreditUpdate);
                 Ok(Action::None)
             }
             (Phase::Established | Phase::Closing, Operation::CreditUpdate) => Ok(Action::None),
@@ -210,7 +231,7 @@ impl Connection {
     pub fn on_forwarded(&mut self, len: u32) {
         self.credit.forward(len);
         if self.credit.is_update_due() && !self.guest_sends_no_more() {
-            self.pending.credit_update = true;
+            self.pending.insert(Operation::CreditUpdate);
         }
     }
 
@@ -227,7 +248,7 @@ impl Connection {
     fn shut_down(&mut self, flags: u32) {
         if self.host_shutdown | flags != self.host_shutdown {
             self.host_shutdown |= flags;
-            self.pending.shutdown = true;
+            self.pending.insert(Operation::Shutdown);
         }
         if self.host_shutdown == SHUTDOWN_BOTH && self.phase == Phase::Established {
             self.phase = Phase::Closing;
@@ -253,7 +274,7 @@ impl Connection {
     /// The host has data and the guest no room: ask it to tell when it has. Asked once per stop.
     pub fn on_blocked_by_credit(&mut self) {
         if self.credit.ask_once() {
-            self.pending.credit_request = true;
+            self.pending.insert(Operation::CreditRequest);
         }
     }
 
@@ -270,41 +291,21 @@ impl Connection {
     /// The next control packet, the most urgent first. It stays until
     /// [`Connection::on_control_sent`].
     pub fn next_control_packet(&self) -> Option<ControlPacket> {
-        let pending = &self.pending;
-        let operation = if pending.request {
-            Operation::Request
-        } else if pending.response {
-            Operation::Response
-        } else if pending.shutdown {
-            Operation::Shutdown
-        } else if pending.credit_request {
-            Operation::CreditRequest
-        } else if pending.credit_update {
-            Operation::CreditUpdate
-        } else {
-            return None;
-        };
+        let operation = self.pending.first()?;
         let flags = if operation == Operation::Shutdown { self.host_shutdown } else { 0 };
         Some(ControlPacket { operation, flags })
     }
 
     /// The packet given by [`Connection::next_control_packet`] left for the guest.
     pub fn on_control_sent(&mut self, packet: ControlPacket) {
-        match packet.operation {
-            Operation::Request => self.pending.request = false,
-            Operation::Response => self.pending.response = false,
-            Operation::Shutdown => self.pending.shutdown = false,
-            Operation::CreditRequest => self.pending.credit_request = false,
-            // The account, below, settles the update; the others are never pending.
-            Operation::CreditUpdate | Operation::Reset | Operation::ReadWrite => {}
-        }
+        self.pending.remove(packet.operation);
         self.on_account_sent();
     }
 
     /// A packet with our account left for the guest: no separate credit update is due.
     pub fn on_account_sent(&mut self) {
         self.credit.told();
-        self.pending.credit_update = false;
+        self.pending.remove(Operation::CreditUpdate);
     }
 }
 

@@ -29,6 +29,7 @@ const MAX_READ_BATCH: usize = 32;
 
 /// A host socket and everything about its connection.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "readiness facts, each independent of the others")]
 pub struct Endpoint {
     socket: UnixStream,
     /// A read may give something.

@@ -111,6 +111,11 @@ impl Muxer {
         self.counters
     }
 
+    /// A packet was too broken to be given to [`Muxer::receive`].
+    pub fn count_invalid(&mut self) {
+        self.counters.invalid_packets += 1;
+    }
+
     /// Endpoints in any stage.
     pub fn connection_count(&self) -> usize {
         self.slots.len() - self.free.len()
@@ -134,7 +139,14 @@ impl Muxer {
     /// The guest is gone or started anew: every connection ends.
     pub fn reset(&mut self) {
         for index in 0..self.slots.len() {
-            self.release(index);
+            let Some(endpoint) = &mut self.slots[index].endpoint else { continue };
+            endpoint.is_queued = false;
+            // What the guest sent before is still the host's.
+            if endpoint.has_backlog() {
+                endpoint.role = Role::Draining;
+            } else {
+                self.release(index);
+            }
         }
         self.by_ports.clear();
         self.queued.clear();

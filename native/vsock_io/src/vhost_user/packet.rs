@@ -194,6 +194,7 @@ impl PacketHeader {
     }
 
     /// The reset that answers this packet: addresses swapped, same socket type.
+    #[must_use]
     pub fn reset_reply(&self) -> Self {
         Self {
             src_cid: self.dst_cid,

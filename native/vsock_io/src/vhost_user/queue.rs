@@ -123,6 +123,16 @@ impl Vring {
         self.has_unannounced = false;
     }
 
+    /// The driver's doorbell was handed over.
+    pub fn is_started(&self) -> bool {
+        self.queue.ready()
+    }
+
+    /// The rings are inside of `memory`.
+    pub fn lies_in(&self, memory: &GuestMemoryMmap) -> bool {
+        self.queue.is_valid(memory)
+    }
+
     /// Chains may be taken.
     pub fn is_running(&self) -> bool {
         self.is_enabled && self.queue.ready()

@@ -7,6 +7,7 @@ the sandbox's business (``sandbox.py``); this holds what belongs together.
 
 import contextlib
 from pathlib import Path
+from typing import Protocol
 
 from kata_hybrid.agent.base import Agent
 from kata_hybrid.errors import KataError, ProcessNotFoundError
@@ -102,6 +103,13 @@ class Container:
             process.release()
         self._volumes.release()
         self._rootfs.release()
+
+
+class Preparer(Protocol):
+    """Acquires what a container needs on the host; :func:`prepare` is the real one."""
+
+    def __call__(self, request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:
+        """Return the container, not yet in the guest."""
 
 
 def prepare(request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:

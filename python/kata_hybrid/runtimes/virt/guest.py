@@ -100,10 +100,13 @@ class VirtGuest:
         share_fs: ShareFs,
         agent: Agent,
         config: AgentConfig,
-        boot_timeout_s: float,
         is_seccomp_disabled: bool,
+        resources: contextlib.ExitStack,
     ) -> None:
-        """Compose the parts; nothing is started."""
+        """Compose the parts; nothing is started.
+
+        ``resources`` is what the parts stand on, closed after they are stopped.
+        """
         self.agent = agent
         self.is_seccomp_disabled = is_seccomp_disabled
         self.can_add_disk = True
@@ -112,7 +115,7 @@ class VirtGuest:
         self._hypervisor = hypervisor
         self._share_fs = share_fs
         self._config = config
-        self._boot_timeout_s = boot_timeout_s
+        self._resources = resources
         self._details: GuestDetails | None = None
         self._supervisor = Supervisor("guest")
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -169,7 +172,7 @@ class VirtGuest:
     async def _meet_agent(self, *, hostname: str, dns: tuple[str, ...]) -> None:
         address = self._hypervisor.agent_address
         await self.agent.connect(
-            address=address, port=self._config.server_port, timeout_s=self._boot_timeout_s
+            address=address, port=self._config.server_port, timeout_s=self._config.boot_timeout_s
         )
         if self._config.log_port:
             self._supervisor.start(
@@ -201,7 +204,8 @@ class VirtGuest:
     async def _unless_lost(self, work: Coroutine[Any, Any, None]) -> None:
         """Run ``work``, but give up as soon as the guest is gone."""
         task = self._supervisor.start(work, name="meet agent")
-        await asyncio.wait({task, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {task, self._lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, KataError):
@@ -268,6 +272,7 @@ class VirtGuest:
                 await step()
             except KataError as exc:
                 _log.warning("stop step failed", extra={"step": repr(step), "error": str(exc)})
+        self._resources.close()
         if not self._lost.done():
             self._lost.set_result("stopped")
 

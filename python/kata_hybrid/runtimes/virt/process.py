@@ -15,12 +15,14 @@ so a transition is never half done.
 
 import asyncio
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from kata_hybrid.agent.base import StreamCopies
-from kata_hybrid.agent.streams import HostStreams
 from kata_hybrid.errors import InvalidStateError
 from kata_hybrid.types import ContainerId, ExecId, ExitInfo, ProcessState, Stdio, TaskStatus
+
+if TYPE_CHECKING:
+    from kata_hybrid.agent.base import StreamCopies
+    from kata_hybrid.agent.streams import HostStreams
 
 _ALLOWED: Final[dict[str, frozenset[TaskStatus]]] = {
     "start": frozenset({TaskStatus.CREATED}),

@@ -13,13 +13,13 @@ the guest is lost every process is ended with status 255, so nobody waits for ev
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from enum import Enum
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from kata_hybrid.agent import convert
-from kata_hybrid.agent.streams import open_streams
+from kata_hybrid.agent.streams import HostStreams
 from kata_hybrid.aio.supervisor import Supervisor
 from kata_hybrid.errors import (
     AgentTimeoutError,
@@ -48,7 +48,7 @@ from kata_hybrid.runtimes.base import (
 )
 from kata_hybrid.runtimes.oci import spec as oci_spec
 from kata_hybrid.runtimes.oci.rewrite import guest_resources
-from kata_hybrid.runtimes.virt.container import Container, prepare
+from kata_hybrid.runtimes.virt.container import Container, Preparer, prepare
 from kata_hybrid.runtimes.virt.guest import WAIT_KEEPS_OUTPUT, Guest
 from kata_hybrid.runtimes.virt.process import Process
 from kata_hybrid.types import (
@@ -86,17 +86,38 @@ class SandboxState(Enum):
     CLOSED = "closed"
 
 
-GuestFactory = Callable[[CreateRequest], Guest]
+GuestFactory = Callable[[CreateRequest], Awaitable[Guest]]
+
+
+class StreamOpening(Protocol):
+    """Opens the host side of a process's streams (``agent/logger.py``)."""
+
+    async def open(self, stdio: Stdio, *, container_id: ContainerId) -> HostStreams:
+        """Open what ``stdio`` names."""
+
+    async def close(self) -> None:
+        """Release what outlives a process. Idempotent."""
 
 
 class VirtSandbox:
     """Containers in a virtual machine."""
 
     def __init__(
-        self, *, guest_factory: GuestFactory, store: SandboxStore, events: EventSink
+        self,
+        *,
+        guest_factory: GuestFactory,
+        streams: StreamOpening,
+        store: SandboxStore,
+        events: EventSink,
+        preparer: Preparer = prepare,
     ) -> None:
-        """Begin EMPTY: the first create makes the guest from ``guest_factory``."""
+        """Begin EMPTY: the first create makes the guest from ``guest_factory``.
+
+        ``preparer`` acquires a container's root file system on the host.
+        """
         self._guest_factory = guest_factory
+        self._streams = streams
+        self._prepare = preparer
         self._store = store
         self._events = events
         self._supervisor = Supervisor("sandbox")
@@ -128,14 +149,16 @@ class VirtSandbox:
         async with contextlib.AsyncExitStack() as undo:
             guest = self._guest
             if self._state is SandboxState.EMPTY:
-                guest = self._guest_factory(request)
+                guest = await self._guest_factory(request)
                 undo.push_async_callback(self.close)
             elif guest is None or self._state is not SandboxState.READY:
                 message = f"sandbox is {self._state.value}: no container can be created in it"
                 raise FailedPreconditionError(message)
-            container = prepare(request, spec, guest=guest)
+            container = self._prepare(request, spec, guest=guest)
             undo.callback(container.release)
-            container.process.streams = open_streams(request.stdio)
+            container.process.streams = await self._streams.open(
+                request.stdio, container_id=container.id
+            )
             if self._state is SandboxState.EMPTY:
                 await self._boot(guest, spec)
             undo.push_async_callback(container.remove, guest.agent)
@@ -210,10 +233,8 @@ class VirtSandbox:
         if container.process.is_stopped:
             message = f"container {container.id} init process is not running"
             raise FailedPreconditionError(message)
-        process.streams = open_streams(process.stdio)
-        await guest.agent.exec_process(
-            container.id, exec_id, process=container.exec_specs[exec_id]
-        )
+        process.streams = await self._streams.open(process.stdio, container_id=container.id)
+        await guest.agent.exec_process(container.id, exec_id, process=container.exec_specs[exec_id])
         await self._run(guest, process)
         self._events.emit(
             ExecStarted(container_id=container.id, exec_id=exec_id, pid=self._pid(container))
@@ -222,7 +243,7 @@ class VirtSandbox:
     async def _run(self, guest: Guest, process: Process) -> None:
         """Connect the streams of a process that has just begun to run."""
         if process.is_stopped:
-            message = f"{process} ended with its guest while it was started"
+            message = f"{process} ended while it was started"
             raise UnavailableError(message)
         process.move(TaskStatus.RUNNING)
         if process.streams is not None:
@@ -315,9 +336,7 @@ class VirtSandbox:
             for process in (*container.execs.values(), container.process):
                 if process.copies is not None:
                     process.copies.stop()
-                if process.watcher is not None:
-                    await self._ended(container, process, LOST_STATUS)
-                elif process.exec_id is None:
+                if process.watcher is not None or process.exec_id is None:
                     await self._ended(container, process, LOST_STATUS)
                 else:
                     process.end(LOST_STATUS)
@@ -470,6 +489,10 @@ class VirtSandbox:
     async def _delete_container(self, container: Container, pid: int, ended: ExitInfo) -> None:
         if self._guest is not None and self._state is SandboxState.READY:
             await container.remove(self._guest.agent)
+        await self._end_execs(container)
+        for process in container.execs.values():
+            # Registered and never started: wake who waits for it.
+            process.end(KILLED_STATUS)
         container.release()
         self._containers.pop(container.id, None)
         with contextlib.suppress(KataError):
@@ -499,6 +522,7 @@ class VirtSandbox:
             await self._guest.stop()
         for container in self._containers.values():
             container.release()
+        await self._streams.close()
         with contextlib.suppress(KataError):
             self._store.update(processes=(), containers=())
 

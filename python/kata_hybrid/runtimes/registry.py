@@ -1,0 +1,39 @@
+"""Runtimes by name (``runtime.name`` of the configuration): for now ``virt_container`` alone."""
+
+from pathlib import Path
+
+from kata_hybrid.agent.logger import StreamOpener
+from kata_hybrid.aio.process import ProcessReaper
+from kata_hybrid.persist.store import SandboxStore
+from kata_hybrid.runtimes.base import EventSink, Runtime
+from kata_hybrid.runtimes.virt.factory import VirtGuestFactory
+from kata_hybrid.runtimes.virt.sandbox import VirtSandbox
+from kata_hybrid.types import SandboxId
+
+
+def build_runtime(
+    *,
+    sandbox_id: SandboxId,
+    namespace: str,
+    run_dir: Path,
+    config_path: Path | None,
+    sink: EventSink,
+) -> Runtime:
+    """Make the runtime of one sandbox, on the running loop; nothing is started.
+
+    Args:
+        sandbox_id: the sandbox's.
+        namespace: containerd's.
+        run_dir: the sandbox's own folder.
+        config_path: configuration file that ``start`` was given, if any.
+        sink: where its events go.
+    """
+    reaper = ProcessReaper()
+    return VirtSandbox(
+        guest_factory=VirtGuestFactory(
+            sandbox_id, run_dir=run_dir, config_path=config_path, reaper=reaper
+        ),
+        streams=StreamOpener(reaper, namespace=namespace),
+        store=SandboxStore(run_dir, sandbox_id=sandbox_id, namespace=namespace),
+        events=sink,
+    )

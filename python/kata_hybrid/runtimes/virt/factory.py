@@ -1,0 +1,107 @@
+"""Make the guest of a sandbox from the configuration and what the host can do.
+
+The one place that knows which class stands behind each contract of a guest: configuration file,
+hypervisor, shared folder, agent client, native I/O thread.
+"""
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+from typing import Final
+
+from kata_hybrid._native import events as native_events
+from kata_hybrid._native import vsock
+from kata_hybrid.agent.client import AgentClient
+from kata_hybrid.aio.events import NativeEvents
+from kata_hybrid.aio.process import ProcessReaper
+from kata_hybrid.config.load import load_config
+from kata_hybrid.config.model import Config
+from kata_hybrid.errors import UnimplementedError
+from kata_hybrid.hypervisor.probe import HostReport, probe_host
+from kata_hybrid.hypervisor.selection import new_hypervisor, select_hypervisor
+from kata_hybrid.hypervisor.vsock_backend import NativeVsockBackendFactory
+from kata_hybrid.resource.share_fs.base import SharedFolder
+from kata_hybrid.resource.share_fs.virtiofsd import VirtiofsdShare, virtiofsd_settings
+from kata_hybrid.runtimes.base import CreateRequest
+from kata_hybrid.runtimes.virt.guest import VirtGuest
+from kata_hybrid.types import SandboxId
+
+_log = logging.getLogger(__name__)
+
+RUNTIME_NAME: Final = "virt_container"
+SHARED_FOLDER: Final = "shared"
+
+
+class VirtGuestFactory:
+    """Makes the guest of one sandbox when its first container is created."""
+
+    def __init__(
+        self,
+        sandbox_id: SandboxId,
+        *,
+        run_dir: Path,
+        config_path: Path | None,
+        reaper: ProcessReaper,
+    ) -> None:
+        """Remember what the shim was started with; ``config_path`` may be given by Create too."""
+        self._sandbox_id = sandbox_id
+        self._run_dir = run_dir
+        self._config_path = config_path
+        self._reaper = reaper
+
+    async def __call__(self, request: CreateRequest) -> VirtGuest:
+        """Make the guest; nothing of it runs yet.
+
+        Raises:
+            InvalidConfigError: the configuration is wrong.
+            FailedPreconditionError: the host lacks something; the text says what and how to get it.
+        """
+        config = load_config(
+            environment=os.environ, option_path=request.config_path or self._config_path
+        )
+        if config.runtime.name != RUNTIME_NAME:
+            message = f"runtime.name {config.runtime.name!r}: only {RUNTIME_NAME!r} is implemented"
+            raise UnimplementedError(message)
+        if config.runtime.is_debug:
+            logging.getLogger().setLevel(logging.DEBUG)
+        # The cache of findings lies in the run root, two folders above a sandbox's own.
+        report = await probe_host(
+            config.qemu, reaper=self._reaper, run_root=self._run_dir.parent.parent
+        )
+        return self._assemble(config, report)
+
+    def _assemble(self, config: Config, report: HostReport) -> VirtGuest:
+        selection = select_hypervisor(config, report)
+        if report.virtiofsd is None:
+            message = "select_hypervisor lets no host without virtiofsd pass"
+            raise AssertionError(message)
+        _log.info("hypervisor", extra={"hypervisor": selection.name, "reason": selection.reason})
+        shared = self._run_dir / SHARED_FOLDER
+        shared.mkdir(mode=0o700, exist_ok=True)
+        resources = contextlib.ExitStack()
+        events = NativeEvents(native_events.EventPort())
+        resources.callback(events.close)
+        io = vsock.IoThread(events.port)
+        resources.callback(io.close)
+        return VirtGuest(
+            self._sandbox_id,
+            hypervisor=new_hypervisor(
+                config,
+                selection,
+                name=self._sandbox_id,
+                run_dir=self._run_dir,
+                reaper=self._reaper,
+                vsock_backend=NativeVsockBackendFactory(io, events),
+            ),
+            share_fs=VirtiofsdShare(
+                SharedFolder(host_path=shared),
+                run_dir=self._run_dir,
+                settings=virtiofsd_settings(config.qemu, report.virtiofsd),
+                reaper=self._reaper,
+            ),
+            agent=AgentClient(io, events, timeout_s=config.agent.request_timeout_s),
+            config=config.agent,
+            is_seccomp_disabled=config.runtime.disable_guest_seccomp,
+            resources=resources,
+        )

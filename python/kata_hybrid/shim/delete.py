@@ -1,0 +1,197 @@
+"""The ``delete`` action: release what a container left, with or without its shim.
+
+containerd runs it after the connection to the shim is gone: because the shim died, or in the
+ordinary course of things, once per container. It must be quick (5 s are allowed), repeatable, and
+must not touch the other containers of a living shim.
+
+    shim alive, others remain ──▶ nothing to do
+    shim alive, none remain ────▶ give it a moment to exit, then kill it ─┐
+    shim dead ────────────────────────────────────────────────────────────┴▶ recovery.clean_up
+    then, always: unmount what is left below the bundle's rootfs, answer 137
+"""
+
+# ruff: noqa: PLC0415 - imports wait until they are needed: start-up time is this folder's subject
+
+import posix
+import sys
+import time
+
+from kata_hybrid.shim import address
+from kata_hybrid.shim.bootstrap import encode_delete_response
+from kata_hybrid.shim.failure import ShimError
+from kata_hybrid.shim.group import find_group
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kata_hybrid.shim.args import Arguments
+
+EXIT_STATUS = 137
+"""128 + SIGKILL: how a container ends whose end nobody saw."""
+_EXIT_GRACE_S = 1.5
+_POLL_S = 0.02
+# linux/fs.h, linux/mount.h
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+_ENOENT = 2
+_EINVAL = 22
+
+
+def delete(arguments: "Arguments") -> bytes:
+    """Run the action for the bundle in ``-bundle``, or the present directory.
+
+    Returns:
+        The serialized DeleteResponse.
+
+    Raises:
+        ShimError: the command line makes no sense; nothing was touched.
+        OSError: the run directory cannot be read.
+    """
+    arguments.require_identity()
+    bundle = arguments.bundle or "."
+    folder = _find_folder(arguments, bundle=bundle)
+    problems = _release_sandbox(folder, container_id=arguments.id)
+    problems += unmount_below(f"{_absolute(bundle)}/rootfs")
+    if problems:
+        # containerd logs this text as a warning; the answer is valid all the same.
+        sys.stderr.write("".join(f"{problem}\n" for problem in problems))
+        sys.stderr.flush()
+    return encode_delete_response(pid=0, exit_status=EXIT_STATUS, exited_at_ns=time.time_ns())
+
+
+def clean_up_sandbox(folder: str) -> list[str]:
+    """Kill and remove everything a sandbox folder records.
+
+    Returns:
+        What could not be released.
+    """
+    try:
+        if not posix.listdir(folder):
+            posix.rmdir(folder)
+            return []
+    except FileNotFoundError:
+        return []
+    from kata_hybrid.persist.recovery import clean_up
+
+    return clean_up(folder, unmount=unmount)
+
+
+def unmount_below(path: str) -> list[str]:
+    """Detach every mount at or below ``path`` in this mount namespace, deepest first.
+
+    Returns:
+        What could not be detached.
+    """
+    points = [point for point in _mount_points() if point == path or point.startswith(path + "/")]
+    problems = []
+    # The last mounted is the uppermost and must go first.
+    for point in reversed(points):
+        try:
+            unmount(point)
+        except OSError as exc:
+            problems.append(f"unmount {point}: {exc.strerror}")
+    return problems
+
+
+def _find_folder(arguments: "Arguments", *, bundle: str) -> str:
+    """Return the sandbox's folder: as ``start`` wrote it down, else as it would compute it."""
+    written = address.read_file(f"{bundle}/{address.ADDRESS_FILE}") or b""
+    text = written.decode("utf-8", "replace")
+    # Plain, or inside the JSON of a gRPC shim.
+    path = text.partition(address.SCHEME)[2] or text.partition('"address":"')[2].partition('"')[0]
+    folder, _, name = path.rpartition("/")
+    if name == address.SOCKET and folder.rpartition("/")[0] == address.sandboxes_dir():
+        return folder
+    try:
+        group_id = find_group(bundle, container_id=arguments.id).id
+    except ShimError:
+        # A damaged bundle must not keep the rest from being released.
+        group_id = arguments.id
+    return address.sandbox_dir(arguments.address, namespace=arguments.namespace, group=group_id)
+
+
+def _release_sandbox(folder: str, *, container_id: str) -> list[str]:
+    socket_path = f"{folder}/{address.SOCKET}"
+    if not _exists(folder):
+        return []
+    if address.is_listening(socket_path):
+        if _others_remain(folder, container_id=container_id):
+            return []
+        # An orderly shutdown removes the socket first and the folder last.
+        deadline = time.monotonic() + _EXIT_GRACE_S
+        while _exists(folder) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+    elif _is_closing(folder):
+        deadline = time.monotonic() + _EXIT_GRACE_S
+        while _is_closing(folder) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+    if not _exists(folder):
+        return []
+    lock = address.SandboxLock()
+    try:
+        return clean_up_sandbox(folder)
+    finally:
+        lock.release()
+
+
+def _is_closing(folder: str) -> bool:
+    """Tell whether the server lives though it no longer listens."""
+    words = (address.read_file(f"{folder}/{address.PID_FILE}") or b"").split()
+    try:
+        return int(words[1]) == address.start_ticks(int(words[0]))
+    except (IndexError, ValueError, ShimError, OSError):
+        return False
+
+
+def _others_remain(folder: str, *, container_id: str) -> bool:
+    """Tell whether the sandbox holds containers besides this one."""
+    from kata_hybrid.persist.recovery import read_state
+
+    containers = read_state(folder).get("containers")
+    return isinstance(containers, list) and any(other != container_id for other in containers)
+
+
+def _mount_points() -> list[str]:
+    table = address.read_file("/proc/self/mountinfo") or b""
+    return [
+        _unescape(line.split(b" ", 5)[4]).decode("utf-8", "surrogateescape")
+        for line in table.splitlines()
+    ]
+
+
+def _unescape(text: bytes) -> bytes:
+    r"""Undo the octal escapes of mountinfo: blank, tab, newline and backslash."""
+    for code, plain in ((b"040", b" "), (b"011", b"\t"), (b"012", b"\n"), (b"134", b"\\")):
+        text = text.replace(b"\\" + code, plain)
+    return text
+
+
+def unmount(path: str) -> None:
+    """Detach one mount; a path that is no mount point, or is gone, is no error.
+
+    Raises:
+        OSError: the kernel refused; the file name is the path.
+    """
+    # Imported only when something is mounted. Not the extension's call: this must work with a
+    # broken or half-removed installation too.
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(path.encode("utf-8", "surrogateescape"), _MNT_DETACH | _UMOUNT_NOFOLLOW) != 0:
+        error = ctypes.get_errno()
+        if error not in {_ENOENT, _EINVAL}:
+            raise OSError(error, posix.strerror(error), path)
+
+
+def _absolute(path: str) -> str:
+    if path == ".":
+        return posix.getcwd()
+    path = path if path.startswith("/") else f"{posix.getcwd()}/{path}"
+    return path.rstrip("/")
+
+
+def _exists(path: str) -> bool:
+    try:
+        posix.stat(path)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,112 @@
+"""A guest in memory, around a :class:`FakeAgent`. Implements ``runtimes.virt.guest.Guest``."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from kata_hybrid.agent.streams import HostStreams
+from kata_hybrid.resource.share_fs.base import SharedFolder
+from kata_hybrid.resource.volume.bind import BindVolumes
+from kata_hybrid.runtimes.base import CreateRequest
+from kata_hybrid.runtimes.oci.spec import Spec
+from kata_hybrid.runtimes.virt.container import Container
+from kata_hybrid.runtimes.virt.guest import Guest
+from kata_hybrid.testing.fake_agent import FakeAgent
+from kata_hybrid.types import (
+    BlockDevice,
+    ContainerId,
+    GuestDetails,
+    GuestStorage,
+    ProcessIdentity,
+    SandboxId,
+    Stdio,
+)
+
+
+class FakeGuest:
+    """A guest that is up at once."""
+
+    def __init__(self, agent: FakeAgent, *, folder: Path) -> None:
+        """Hold ``agent``; ``folder`` stands for the shared one."""
+        self.agent = agent
+        self.folder = SharedFolder(host_path=folder)
+        self.task_pid = 0
+        self.can_add_disk = True
+        self.is_seccomp_disabled = False
+        self.details = GuestDetails(
+            agent_version="fake",
+            storage_handlers=(),
+            extra_features=frozenset(),
+            supports_seccomp=True,
+            memory_block_bytes=0,
+        )
+        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def add_disk(self, disk: BlockDevice) -> str:
+        """Name the disk."""
+        return disk.id
+
+    async def start(
+        self,
+        *,
+        hostname: str,
+        dns: tuple[str, ...],
+        on_processes: Callable[[tuple[ProcessIdentity, ...]], None],
+    ) -> None:
+        """Be up once the agent answers."""
+        await self.agent.create_sandbox(
+            SandboxId("fake"),
+            hostname=hostname,
+            dns=dns,
+            storages=(),
+        )
+        self.details = await self.agent.guest_details()
+        self.task_pid = os.getpid()
+        on_processes(())
+
+    def lose(self, reason: str) -> None:
+        """Go away, as a machine that crashes."""
+        self.agent.disconnect()
+        if not self._lost.done():
+            self._lost.set_result(reason)
+
+    async def lost(self) -> str:
+        """Wait for :meth:`lose` or :meth:`stop`."""
+        return await asyncio.shield(self._lost)
+
+    def console_tail(self) -> str:
+        """Have no console."""
+        return ""
+
+    async def stop(self) -> None:
+        """Go away. Idempotent."""
+        self.lose("stopped")
+
+
+class FakeRootfs:
+    """A root file system that is nowhere."""
+
+    guest_path = "/fake"
+    storages: tuple[GuestStorage, ...] = ()
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+class FakeStreams:
+    """Opens no descriptors."""
+
+    async def open(self, stdio: Stdio, *, container_id: ContainerId) -> HostStreams:
+        """Return closed streams."""
+        del container_id
+        return HostStreams(is_terminal=stdio.terminal)
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+def prepare_nothing(request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:
+    """Prepare a container without touching the host."""
+    volumes = BindVolumes(guest.folder, name=request.container_id)
+    return Container(request, spec, rootfs=FakeRootfs(), volumes=volumes)
