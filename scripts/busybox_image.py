@@ -23,7 +23,9 @@ _FILES = {
 }
 
 
-def _entry(name: str, *, kind: bytes, mode: int, size: int = 0, target: str = "") -> tarfile.TarInfo:
+def _entry(
+    name: str, *, kind: bytes, mode: int, size: int = 0, target: str = ""
+) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
     entry.type = kind
     entry.mode = mode
@@ -45,9 +47,7 @@ def build_layer(busybox: Path) -> bytes:
         entry = _entry("bin/busybox", kind=tarfile.REGTYPE, mode=0o755, size=len(binary))
         tar.addfile(entry, io.BytesIO(binary))
         for applet in applets:
-            tar.addfile(
-                _entry(f"bin/{applet}", kind=tarfile.SYMTYPE, mode=0o777, target="busybox")
-            )
+            tar.addfile(_entry(f"bin/{applet}", kind=tarfile.SYMTYPE, mode=0o777, target="busybox"))
         for name, text in _FILES.items():
             data = text.encode()
             entry = _entry(name, kind=tarfile.REGTYPE, mode=0o644, size=len(data))

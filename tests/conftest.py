@@ -8,6 +8,16 @@ import os
 from collections.abc import Generator
 
 import pytest
+from harness.containers import KATA_RUNTIME
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # Here, not in tests/integration: pytest wants options before it looks into directories.
+    group = parser.getgroup("integration")
+    group.addoption("--runtime", default=KATA_RUNTIME, help="runtime to test (%(default)s)")
+    group.addoption(
+        "--containerd", choices=["1", "2"], action="append", help="major version(s) to use (all)"
+    )
 
 
 @pytest.hookimpl(wrapper=True)

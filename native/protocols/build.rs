@@ -40,6 +40,13 @@ fn generate_services(include: &Path, files: &[PathBuf], out: &Path) -> Result<()
             ..Default::default()
         })
         .run()?;
+    // A request that is not served is UNIMPLEMENTED. The generator says NOT_FOUND, which runtimes
+    // read as "the process is gone".
+    for name in ["agent_ttrpc.rs", "health_ttrpc.rs"] {
+        let path = services.join(name);
+        let text = std::fs::read_to_string(&path)?;
+        std::fs::write(&path, text.replace("Code::NOT_FOUND", "Code::UNIMPLEMENTED"))?;
+    }
     // The generated files start with inner attributes, so they have to be modules of their own.
     std::fs::write(
         out.join("services.rs"),

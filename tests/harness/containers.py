@@ -17,6 +17,7 @@ from harness.leaks import find_processes
 
 _NUMBERS = itertools.count(1)
 
+KATA_RUNTIME = "io.containerd.kata-hybrid.v2"
 CRI_TYPE = "io.kubernetes.cri.container-type"
 CRI_SANDBOX = "io.kubernetes.cri.sandbox-id"
 

@@ -120,6 +120,7 @@ class Containerd:
         self.install = install
         self.home = home
         self.namespace = namespace
+        self.shim_dir = shim_dir
         self.address = home / "c.sock"
         self.run_dir = home / "run"
         self.fifo_dir = home / "fifo"

@@ -26,6 +26,8 @@ class Event:
 
     topic: str
     body: dict[str, object]
+    seen_at: float
+    """When it arrived here (monotonic clock)."""
 
     @property
     def container_id(self) -> str:
@@ -148,7 +150,9 @@ class EventWatcher:
             found = _LINE.match(raw.decode(errors="replace").rstrip())
             if found is None or found["namespace"] != self._containerd.namespace:
                 continue
-            event = Event(topic=found["topic"], body=json.loads(found["body"]))
+            event = Event(
+                topic=found["topic"], body=json.loads(found["body"]), seen_at=time.monotonic()
+            )
             with self._changed:
                 self._events.append(event)
                 self._changed.notify_all()

@@ -124,7 +124,7 @@ def find_processes(containerd: Containerd, *, name: str = "") -> list[HostProces
 
 def count_descriptors(pid: int) -> int:
     """Return how many files a process has open."""
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def mount_points() -> list[str]:
@@ -135,12 +135,13 @@ def mount_points() -> list[str]:
 
 def _files(containerd: Containerd) -> list[str]:
     # Not the fifos: they are the client's, and `ctr exec -d` leaves its own.
-    roots = (
+    roots = [
         containerd.bundles,
         containerd.home / "root" / "io.containerd.runtime.v2.task" / containerd.namespace,
         containerd.run_dir,
-        containerd.home / "s",
-    )
+    ]
+    if containerd.shim_dir is not None:  # runc's killed shim does leave its socket there
+        roots.append(containerd.home / "s")
     found = []
     for root in roots:
         for directory, names, files in os.walk(root):

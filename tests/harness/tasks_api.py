@@ -15,7 +15,11 @@ _RESOURCES_URL = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResourc
 
 
 def update_resources(
-    containerd: Containerd, container_id: str, resources: dict[str, object], *, timeout_s: float = 20
+    containerd: Containerd,
+    container_id: str,
+    resources: dict[str, object],
+    *,
+    timeout_s: float = 20,
 ) -> None:
     """Change the resources of a running task.
 

@@ -42,7 +42,7 @@ def encode_varint(value: int) -> bytes:
     """Encode an unsigned integer (negative ones as 64 bit two's complement)."""
     value &= (1 << 64) - 1
     out = bytearray()
-    while value > 0x7F:  # noqa: PLR2004 -- seven bits a byte
+    while value > 0x7F:
         out.append(value & 0x7F | 0x80)
         value >>= 7
     out.append(value)

@@ -15,28 +15,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from busybox_image import IMAGE_NAME
-from harness.containers import Containers
+from harness.containers import KATA_RUNTIME, Containers
 from harness.daemon import Containerd, ContainerdInstall
 from harness.events import EventWatcher
 from harness.leaks import Census, assert_nothing_left, take_census
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
-KATA_RUNTIME = "io.containerd.kata-hybrid.v2"
 SHIM = "containerd-shim-kata-hybrid-v2"
 _INSTALLS = {
-    "1": ContainerdInstall(major=1, bin_dir=Path("/usr/bin")),
+    "1": ContainerdInstall(major=1, bin_dir=BUILD / "containerd-1" / "usr" / "bin"),
     "2": ContainerdInstall(major=2, bin_dir=BUILD / "containerd-2" / "bin"),
 }
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("integration")
-    group.addoption("--runtime", default=KATA_RUNTIME, help="runtime to test")
-    group.addoption(
-        "--containerd", choices=sorted(_INSTALLS), action="append", help="major version(s) to use"
-    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

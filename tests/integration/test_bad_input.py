@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from harness.containers import Containers
 from harness.wire import (
     ALREADY_EXISTS,
@@ -98,7 +99,9 @@ def test_container_id_in_use_is_refused(
     assert reply.code == ALREADY_EXISTS or (not containers.is_virtual and reply.code)
 
 
-@pytest.mark.parametrize("identifier", ["../escape", "a/b", "/abs", ".", "..", "x" * 300, "a\0b", ""])
+@pytest.mark.parametrize(
+    "identifier", ["../escape", "a/b", "/abs", ".", "..", "x" * 300, "a\0b", ""]
+)
 @pytest.mark.parametrize("method", ["Create", "Exec"])
 def test_id_that_is_no_id_is_refused(
     vm_containers: Containers,
@@ -229,9 +232,7 @@ def test_mount_of_an_absurd_type_is_named(
     }
     (bundle / "config.json").write_text(json.dumps(spec))
     mount = encode_string(1, "no-such-fs") + encode_string(2, "/dev/null")
-    payload = (
-        encode_string(1, "bad-mount") + encode_string(2, str(bundle)) + encode_bytes(3, mount)
-    )
+    payload = encode_string(1, "bad-mount") + encode_string(2, str(bundle)) + encode_bytes(3, mount)
     reply = shim.call("Create", payload)
     assert reply.code != 0
     assert "no-such-fs" in reply.message

@@ -1,4 +1,4 @@
-"""``ctr tasks exec``: more processes in a running container, many at once, each with its own end."""
+"""``ctr tasks exec``: more processes in a running container, each with its own end."""
 
 import concurrent.futures
 import hashlib
@@ -6,6 +6,7 @@ import secrets
 import subprocess
 
 import pytest
+
 from harness.containers import Containers
 from harness.deadline import wait_until
 from harness.events import EventWatcher

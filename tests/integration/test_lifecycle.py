@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from harness.containers import CRI_SANDBOX, CRI_TYPE, Containers
 from harness.deadline import wait_until
 from harness.events import EventWatcher
@@ -276,9 +277,7 @@ def test_pod_goes_on_without_one_of_its_containers(
         assert containers.exec(sandbox, "echo", "alive").text == "alive"
 
 
-def test_sandbox_container_may_go_first(
-    vm_containers: Containers, events: EventWatcher
-) -> None:
+def test_sandbox_container_may_go_first(vm_containers: Containers, events: EventWatcher) -> None:
     # Not with runc: its shim misses the last shutdown then, and leaves its socket.
     containers = vm_containers
     with pod(containers) as (sandbox, container):

@@ -1,5 +1,6 @@
 """``ctr run``: what goes in comes out, whole, with the right status."""
 
+import functools
 import hashlib
 import os
 import platform
@@ -8,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from harness.containers import Containers
 from harness.events import EventWatcher
 from harness.terminal import Terminal
@@ -92,7 +94,7 @@ def test_256_mib_of_output_arrive_unchanged(containers: Containers) -> None:
     with containers.foreground("sh", "-c", script) as (_, process):
         assert process.stdout is not None
         received, size = hashlib.sha256(), 0
-        for chunk in iter(lambda: process.stdout.read(_MIB) if process.stdout else b"", b""):
+        for chunk in iter(functools.partial(process.stdout.read, _MIB), b""):
             received.update(chunk)
             size += len(chunk)
         assert process.wait(30) == 0

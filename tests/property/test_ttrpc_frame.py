@@ -1,5 +1,7 @@
 """The frame decoder: whatever the sizes of the pieces, the frames are the same."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +16,7 @@ frames = st.tuples(
 
 def split(data: bytes, *, cuts: list[int]) -> list[bytes]:
     edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
-    return [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [data[start:end] for start, end in pairwise(edges)]
 
 
 @given(st.lists(frames, max_size=8), st.lists(st.integers(0, 10_000), max_size=12))

@@ -26,7 +26,6 @@ use std::time::Duration;
 use libcontainer::container::{Container as RuntimeContainer, ContainerStatus};
 use libcontainer::oci_spec::runtime::LinuxCapabilities;
 use tokio::io::AsyncWriteExt;
-use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
@@ -37,6 +36,7 @@ use crate::error::{AgentError, IoContext, Result, chain};
 use crate::log;
 use crate::oci::{read_failure, start_error};
 use crate::process::Process;
+use crate::readiness;
 use crate::sandbox::Sandbox;
 use bundle::Bundle;
 
@@ -304,7 +304,7 @@ fn free(cgroup: &Cgroup, bundle: &Bundle, state: &std::path::Path) {
 
 /// End of file when the program runs, a text when it does not.
 async fn wait_for_exec(failure: OwnedFd) -> Result<Option<String>> {
-    let failure = AsyncFd::new(failure).during("watch failure pipe")?;
+    let failure = readiness::watch(failure).during("watch failure pipe")?;
     loop {
         let mut ready = failure.readable().await.during("wait for program")?;
         let mut byte = [0_u8; 4096];

@@ -190,7 +190,7 @@ pub(crate) async fn serve(port: u32) {
             pending.await;
             continue;
         }
-        if stream.write_all(batch.concat().as_bytes()).await.is_err() {
+        if AsyncWriteExt::write_all(&mut stream, batch.concat().as_bytes()).await.is_err() {
             return;
         }
     }

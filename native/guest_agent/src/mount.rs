@@ -16,7 +16,7 @@ use rustix::mount::{
 use crate::error::{AgentError, IoContext, Result};
 
 /// Mount options, sorted into what the kernel takes separately.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Options {
     pub(crate) flags: MountFlags,
     pub(crate) propagation: MountPropagationFlags,
@@ -24,6 +24,18 @@ pub(crate) struct Options {
     pub(crate) is_recursive: bool,
     /// File system specific words, joined by commas.
     pub(crate) data: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            flags: MountFlags::empty(),
+            propagation: MountPropagationFlags::empty(),
+            is_bind: false,
+            is_recursive: false,
+            data: String::new(),
+        }
+    }
 }
 
 impl Options {

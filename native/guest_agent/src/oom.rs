@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 
 use crate::cgroup::{Cgroup, keyed};
 use crate::error::{IoContext, Result};
+use crate::readiness;
 
 /// Events kept while nobody asks for them; one container cannot fill the memory.
 const MAX_PENDING: usize = 1024;
@@ -46,7 +47,7 @@ impl OomEvents {
         let flags = inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK;
         let descriptor = inotify::init(flags).during("start inotify")?;
         let events = Arc::new(Self {
-            descriptor: AsyncFd::new(descriptor).during("watch inotify")?,
+            descriptor: readiness::watch(descriptor).during("watch inotify")?,
             watches: Mutex::default(),
             pending: Mutex::default(),
             arrived: Notify::new(),

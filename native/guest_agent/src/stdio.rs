@@ -19,6 +19,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::error::{AgentError, IoContext, Result};
 use crate::oci::ChildStdio;
+use crate::readiness;
 use crate::reaper::{ExitReceiver, exited};
 
 /// How long descendants of an exited process may go on writing.
@@ -205,7 +206,7 @@ async fn send_end_of_file(terminal: &AsyncFd<OwnedFd>) {
 fn watch(fd: OwnedFd) -> Result<AsyncFd<OwnedFd>> {
     let flags = fcntl_getfl(&fd).during("get descriptor flags")?;
     fcntl_setfl(&fd, flags | OFlags::NONBLOCK).during("set descriptor flags")?;
-    AsyncFd::new(fd).during("watch descriptor")
+    readiness::watch(fd).during("watch descriptor")
 }
 
 async fn write_all(fd: &AsyncFd<OwnedFd>, mut data: &[u8]) -> io::Result<()> {

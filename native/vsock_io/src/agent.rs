@@ -340,7 +340,11 @@ impl AgentSource {
         {
             // Replies may have arrived before the connection broke.
             self.receive(context);
-            self.end(Code::UNAVAILABLE, &format!("send to the agent: {error}"), context);
+            self.end(
+                Code::UNAVAILABLE,
+                &format!("send to the agent: {error}"),
+                context,
+            );
         }
     }
 
@@ -491,8 +495,11 @@ impl AgentSource {
         // An input copy that waits for its host end would not notice; an output copy notices when
         // it has written what it holds.
         let is_input = |copy: &Copy| matches!(copy.pump, Pump::Input(_));
-        let inputs: Vec<u64> =
-            self.copies.iter().filter_map(|(id, copy)| is_input(copy).then_some(*id)).collect();
+        let inputs: Vec<u64> = self
+            .copies
+            .iter()
+            .filter_map(|(id, copy)| is_input(copy).then_some(*id))
+            .collect();
         for id in inputs {
             self.stop_copy(id, code, message, context);
         }

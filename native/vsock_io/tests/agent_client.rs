@@ -26,12 +26,21 @@ fn a_call_carries_its_parts_and_brings_the_reply() {
     let (client, mut agent) = io.connect();
     client.call(7, "grpc.Health", "Check", b"abc", Duration::from_secs(2));
     let request = agent.receive().unwrap();
-    assert_eq!((request.service.as_str(), request.method.as_str()), ("grpc.Health", "Check"));
-    assert_eq!((request.stream_id, request.payload.as_slice()), (1, &b"abc"[..]));
+    assert_eq!(
+        (request.service.as_str(), request.method.as_str()),
+        ("grpc.Health", "Check")
+    );
+    assert_eq!(
+        (request.stream_id, request.payload.as_slice()),
+        (1, &b"abc"[..])
+    );
     assert_eq!(request.timeout_nano, 2_000_000_000);
     agent.reply(1, b"fine");
     let event = io.wait(7);
-    assert_eq!((event.code, bytes(event.value)), (Code::OK, b"fine".to_vec()));
+    assert_eq!(
+        (event.code, bytes(event.value)),
+        (Code::OK, b"fine".to_vec())
+    );
 }
 
 #[test]
@@ -61,7 +70,10 @@ fn a_status_is_reported_with_its_text() {
     agent.receive().unwrap();
     agent.fail(1, 5, "container not found");
     let event = io.wait(1);
-    assert_eq!((event.code, event.message.as_str()), (Code::NOT_FOUND, "container not found"));
+    assert_eq!(
+        (event.code, event.message.as_str()),
+        (Code::NOT_FOUND, "container not found")
+    );
 }
 
 #[test]
@@ -195,13 +207,22 @@ fn a_connection_cut_within_a_frame_says_so() {
     let (client, mut agent) = io.connect();
     client.call(1, "s", "m", b"", FOREVER);
     agent.receive().unwrap();
-    let header = FrameHeader { length: 10, stream_id: 1, kind: TYPE_RESPONSE, flags: 0 };
+    let header = FrameHeader {
+        length: 10,
+        stream_id: 1,
+        kind: TYPE_RESPONSE,
+        flags: 0,
+    };
     agent.raw(&header.to_bytes());
     agent.raw(b"half");
     drop(agent);
     let event = io.wait(1);
     assert_eq!(event.code, Code::UNAVAILABLE);
-    assert!(event.message.contains("within a message"), "{}", event.message);
+    assert!(
+        event.message.contains("within a message"),
+        "{}",
+        event.message
+    );
 }
 
 #[test]
@@ -240,7 +261,11 @@ fn closing_the_thread_completes_calls_and_later_ones() {
     agent.receive().unwrap();
     io.reactor.close().unwrap();
     client.call(2, "s", "m", b"", FOREVER);
-    let mut codes: Vec<_> = io.rest().into_iter().map(|event| (event.token, event.code)).collect();
+    let mut codes: Vec<_> = io
+        .rest()
+        .into_iter()
+        .map(|event| (event.token, event.code))
+        .collect();
     codes.sort_by_key(|(token, _)| *token);
     let expected = [1, 2, CLOSED].map(|token| (token, Code::CANCELLED));
     assert_eq!(codes, expected);

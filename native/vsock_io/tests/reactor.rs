@@ -21,7 +21,9 @@ struct Probe {
 
 impl Source for Probe {
     fn started(&mut self, context: &mut Context<'_>) {
-        context.watch(1, self.stream.clone(), Interest::READ).unwrap();
+        context
+            .watch(1, self.stream.clone(), Interest::READ)
+            .unwrap();
         self.said.send("started".to_owned()).unwrap();
     }
 
@@ -50,7 +52,15 @@ impl Drop for Probe {
 fn probe(panics_when_ready: bool) -> (Probe, UnixStream, std::sync::mpsc::Receiver<String>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (said, heard) = channel();
-    (Probe { said, panics_when_ready, stream: Arc::new(ours) }, theirs, heard)
+    (
+        Probe {
+            said,
+            panics_when_ready,
+            stream: Arc::new(ours),
+        },
+        theirs,
+        heard,
+    )
 }
 
 #[test]
@@ -72,7 +82,9 @@ fn timers_fire_in_order_and_can_be_cancelled_or_replaced() {
             });
         })
         .unwrap();
-    let order: Vec<String> = (0..4).map(|_| heard.recv_timeout(PATIENCE).unwrap()).collect();
+    let order: Vec<String> = (0..4)
+        .map(|_| heard.recv_timeout(PATIENCE).unwrap())
+        .collect();
     assert_eq!(order, ["started", "timeout 2", "timeout 4", "timeout 1"]);
 }
 
@@ -87,7 +99,9 @@ fn a_panicking_source_is_reported_stopped_and_dropped_and_others_live() {
     let fatal = io.wait(FATAL_TOKEN);
     assert_eq!(fatal.code, Code::INTERNAL);
     assert!(fatal.message.contains("as told"), "{}", fatal.message);
-    let story: Vec<String> = (0..3).map(|_| bad_heard.recv_timeout(PATIENCE).unwrap()).collect();
+    let story: Vec<String> = (0..3)
+        .map(|_| bad_heard.recv_timeout(PATIENCE).unwrap())
+        .collect();
     assert_eq!(story[0], "started");
     assert!(story[1].contains("Panicked"), "{}", story[1]);
     assert_eq!(story[2], "dropped");
@@ -98,7 +112,9 @@ fn a_panicking_source_is_reported_stopped_and_dropped_and_others_live() {
         .handle()
         .post(move |registry| {
             let found = registry.with(bad_id, |_: &mut Probe, _| ()).is_some();
-            registry.sink().complete(Completion::ok(5, Value::Count(found.into())));
+            registry
+                .sink()
+                .complete(Completion::ok(5, Value::Count(found.into())));
         })
         .unwrap();
     assert!(matches!(io.wait(5).value, Value::Count(0)));
@@ -107,7 +123,10 @@ fn a_panicking_source_is_reported_stopped_and_dropped_and_others_live() {
 #[test]
 fn a_panicking_command_is_reported_and_the_next_one_runs() {
     let mut io = Io::start();
-    io.reactor.handle().post(|_| panic!("in a command")).unwrap();
+    io.reactor
+        .handle()
+        .post(|_| panic!("in a command"))
+        .unwrap();
     io.reactor
         .handle()
         .post(|registry| registry.sink().complete(Completion::ok(1, Value::None)))
@@ -127,7 +146,10 @@ fn closing_runs_posted_commands_then_stops_sources() {
         .unwrap();
     io.reactor.close().unwrap();
     assert_eq!(io.rest().len(), 1);
-    assert_eq!(heard.iter().collect::<Vec<_>>(), ["started", "Closed", "dropped"]);
+    assert_eq!(
+        heard.iter().collect::<Vec<_>>(),
+        ["started", "Closed", "dropped"]
+    );
     let refused = io.reactor.handle().post(|_| {});
     assert!(matches!(refused, Err(ReactorError::Closed)));
     io.reactor.close().unwrap();
@@ -143,7 +165,9 @@ fn many_threads_post_and_every_command_runs() {
             scope.spawn(move || {
                 for index in 0..1000 {
                     let done = done.clone();
-                    handle.post(move |_| done.send((thread, index)).unwrap()).unwrap();
+                    handle
+                        .post(move |_| done.send((thread, index)).unwrap())
+                        .unwrap();
                 }
             });
         }

@@ -157,7 +157,9 @@ def _set(message: Message, field: _Field, value: object, path: str) -> None:
             raise _wrong(path, "an object", value)
         target = getattr(message, field.name)
         for key, item in value.items():
-            target[key] = _scalar(element.fields_by_name["value"], item, f"{path}[{key!r}]")
+            place = f"{path}[{key!r}]"
+            name = _scalar(element.fields_by_name["key"], key, place)
+            target[name] = _scalar(element.fields_by_name["value"], item, place)
     elif field.is_repeated:
         if not isinstance(value, list):
             raise _wrong(path, "an array", value)

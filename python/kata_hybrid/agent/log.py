@@ -56,7 +56,7 @@ async def _line(reader: asyncio.StreamReader) -> bytes:
     except asyncio.IncompleteReadError as exc:
         return exc.partial
     except asyncio.LimitOverrunError as exc:
-        return await reader.readexactly(max(exc.consumed, 1))
+        return await reader.readexactly(min(max(exc.consumed, 1), _MAX_LINE_BYTES))
 
 
 def _record(line: bytes) -> None:

@@ -12,7 +12,7 @@ import signal
 from typing import Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from kata_hybrid.agent.streams import HostStreams, open_streams
+from kata_hybrid.agent.streams import HostStreams, check_uri, open_streams
 from kata_hybrid.aio.process import Process, ProcessReaper
 from kata_hybrid.errors import (
     DeadlineExceededError,
@@ -23,17 +23,27 @@ from kata_hybrid.errors import (
 from kata_hybrid.types import ContainerId, Stdio
 
 _SCHEMES: Final = ("binary://", "binary-v2://")
-_READY_TIMEOUT_S: Final = 10.0
-_END_TIMEOUT_S: Final = 3.0
+READY_TIMEOUT_S: Final = 10.0
+END_TIMEOUT_S: Final = 3.0
+"""How long a logger may take to end by itself, and again after it was asked to."""
 
 
 class StreamOpener:
     """Opens the host side of processes' streams for one sandbox, and looks after its loggers."""
 
-    def __init__(self, reaper: ProcessReaper, *, namespace: str) -> None:
+    def __init__(
+        self,
+        reaper: ProcessReaper,
+        *,
+        namespace: str,
+        ready_timeout_s: float = READY_TIMEOUT_S,
+        end_timeout_s: float = END_TIMEOUT_S,
+    ) -> None:
         """Spawn loggers through ``reaper``, telling them ``namespace``."""
         self._reaper = reaper
         self._namespace = namespace
+        self._ready_timeout_s = ready_timeout_s
+        self._end_timeout_s = end_timeout_s
         self._loggers: list[Process] = []
 
     async def open(self, stdio: Stdio, *, container_id: ContainerId) -> HostStreams:
@@ -58,12 +68,15 @@ class StreamOpener:
     async def _start_logger(
         self, uri: str, streams: HostStreams, *, container_id: ContainerId
     ) -> None:
+        check_uri(uri)
         parts = urlsplit(uri)
         program = unquote(parts.path)
         if not program.startswith("/"):
             message = f"logger {uri!r}: an absolute path is needed after binary://"
             raise InvalidArgumentError(message)
-        words = dict(reversed(parse_qsl(parts.query, keep_blank_values=True)))
+        words: dict[str, str] = {}
+        for key, value in parse_qsl(parts.query, keep_blank_values=True):
+            words.setdefault(key, value)
         argv = [program, *(word for pair in words.items() for word in pair if word)]
         with contextlib.ExitStack() as ends:
             stdout_end, streams.stdout = os.pipe()
@@ -89,7 +102,7 @@ class StreamOpener:
                 os.close(ready_end)
             self._loggers = [known for known in self._loggers if not known.has_exited]
             self._loggers.append(logger)
-            said = await _first_byte(ready, program)
+            said = await _first_byte(ready, program, timeout_s=self._ready_timeout_s)
         if parts.scheme == "binary-v2" and not said:
             message = f"logger {program} closed its ready pipe without saying it is ready"
             raise FailedPreconditionError(message)
@@ -107,13 +120,13 @@ class StreamOpener:
                 for logger in running:
                     logger.kill(number)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_END_TIMEOUT_S), asyncio.TaskGroup() as group:
+                async with asyncio.timeout(self._end_timeout_s), asyncio.TaskGroup() as group:
                     for logger in running:
                         group.create_task(logger.exited())
             running = [logger for logger in running if not logger.has_exited]
 
 
-async def _first_byte(fd: int, program: str) -> bytes:
+async def _first_byte(fd: int, program: str, *, timeout_s: float) -> bytes:
     """Read one byte from the ready pipe, or nothing when it is closed."""
     loop = asyncio.get_running_loop()
     readable = loop.create_future()
@@ -125,10 +138,10 @@ async def _first_byte(fd: int, program: str) -> bytes:
     os.set_blocking(fd, False)
     loop.add_reader(fd, arrived)
     try:
-        async with asyncio.timeout(_READY_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             await readable
     except TimeoutError as exc:
-        message = f"logger {program} was not ready after {_READY_TIMEOUT_S:g} s"
+        message = f"logger {program} was not ready after {timeout_s:g} s"
         raise DeadlineExceededError(message) from exc
     finally:
         loop.remove_reader(fd)

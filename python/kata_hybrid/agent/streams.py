@@ -51,9 +51,11 @@ def open_streams(stdio: Stdio) -> HostStreams:
     """Open what ``stdio`` names (``binary://`` is opened by ``logger.py``).
 
     Raises:
-        InvalidArgumentError: a scheme that is not known.
+        InvalidArgumentError: a scheme that is not known, or what can be no path.
         NotFoundError: a path that is not there or cannot be opened.
     """
+    for uri in (stdio.stdin, stdio.stdout, stdio.stderr):
+        check_uri(uri)
     streams = HostStreams(is_terminal=stdio.terminal)
     try:
         if stdio.stdin:
@@ -71,6 +73,22 @@ def open_streams(stdio: Stdio) -> HostStreams:
         streams.close()
         raise
     return streams
+
+
+def check_uri(uri: str) -> None:
+    """Check that ``uri`` is a path or can be taken apart, and holds no NUL.
+
+    Raises:
+        InvalidArgumentError: it is not.
+    """
+    try:
+        text = uri if uri.startswith("/") else unquote(urlsplit(uri).geturl())
+    except ValueError as exc:
+        message = f"stdio {uri!r} is no URI"
+        raise InvalidArgumentError(message) from exc
+    if "\0" in text:
+        message = f"stdio {uri!r} holds a NUL character"
+        raise InvalidArgumentError(message)
 
 
 def _scheme(uri: str) -> str:

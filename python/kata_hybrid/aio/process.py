@@ -146,7 +146,20 @@ class ProcessReaper:
                 copy = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(fds) + 1)
                 copies.callback(os.close, copy)
                 actions.append((os.POSIX_SPAWN_DUP2, copy, theirs))
-            pid = os.posix_spawn(argv[0], list(argv), dict(env), file_actions=actions, setsid=True)
+            actions += [
+                (os.POSIX_SPAWN_CLOSE, number)
+                for number in _inheritable_descriptors()
+                if number > max(*fds, 2)
+            ]
+            pid = os.posix_spawn(  # noqa: ASYNC221 - as in spawn
+                argv[0],
+                list(argv),
+                dict(env),
+                file_actions=actions,
+                setsid=True,
+                # What this process ignores is no business of the program's.
+                setsigdef=(signal.SIGPIPE, signal.SIGHUP),
+            )
         return self._adopt(name, pid, popen=None)
 
     def _adopt(self, name: str, pid: int, *, popen: subprocess.Popen[bytes] | None) -> Process:
@@ -182,6 +195,16 @@ class ProcessReaper:
                 child.returncode = code
             if not exited.done():
                 exited.set_result(code)
+
+
+def _inheritable_descriptors() -> list[int]:
+    """Return what a child would keep: our standard streams and what we were ourselves left with."""
+    numbers = []
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are what is asked for
+        with contextlib.suppress(OSError):  # the listing's own is closed by now
+            if os.get_inheritable(int(name)):
+                numbers.append(int(name))
+    return numbers
 
 
 def identify(name: str, pid: int) -> ProcessIdentity:

@@ -154,7 +154,9 @@ def _show_lines(findings: tuple[Finding, ...], *, choice: str, reason: str, outp
     if choice:
         output.line(f"{output.strong(choice)} would be used: {reason}")
     else:
-        output.line(output.bad("No sandbox can start here; see what is missing above."))
+        is_missing = any(finding.state == "missing" for finding in findings)
+        why = "see what is missing above" if is_missing else reason
+        output.line(f"{output.bad('No sandbox can start here')}: {why}")
     programs = bundled_programs()
     absent = [path.name for path in (programs.agent, programs.init) if not path.is_file()]
     if absent:

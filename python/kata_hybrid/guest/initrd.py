@@ -6,8 +6,8 @@
     /lib/modules/<version>/...  those modules
     /etc/resolv.conf ...        the few files container set-up expects to exist
 
-The archive is not compressed: unpacking a compressed one costs more than reading a larger one
-(see ``docs/reference/boot-time.md``).
+The archive is not compressed: unpacking costs more than reading a larger file (measured under TCG,
+exec to init: 1.58 s plain, 1.70 zstd, 1.72 lz4, 1.82 xz, for 2.9 MB).
 """
 
 from collections.abc import Sequence

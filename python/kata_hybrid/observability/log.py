@@ -48,8 +48,9 @@ def configure(*, fifo: Path | None, is_debug: bool) -> None:
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if is_debug else logging.INFO)
     logging.raiseExceptions = False
-    # asyncio's debug records are about its selector, not about us.
-    logging.getLogger("asyncio").setLevel(logging.INFO)
+    # Their debug records are about their own insides.
+    for name in ("asyncio", "grpc"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def record_fields(record: logging.LogRecord) -> dict[str, object]:

@@ -26,16 +26,16 @@ class Spec(_message.Message):
     SOLARIS_FIELD_NUMBER: _ClassVar[int]
     WINDOWS_FIELD_NUMBER: _ClassVar[int]
     Version: str
-    Process: Process
-    Root: Root
+    Process: _Process
+    Root: _Root
     Hostname: str
     Mounts: _containers.RepeatedCompositeFieldContainer[Mount]
-    Hooks: Hooks
+    Hooks: _Hooks
     Annotations: _containers.ScalarMap[str, str]
-    Linux: Linux
-    Solaris: Solaris
-    Windows: Windows
-    def __init__(self, Version: _Optional[str] = ..., Process: _Optional[_Union[Process, _Mapping[str, object]]] = ..., Root: _Optional[_Union[Root, _Mapping[str, object]]] = ..., Hostname: _Optional[str] = ..., Mounts: _Optional[_Iterable[_Union[Mount, _Mapping[str, object]]]] = ..., Hooks: _Optional[_Union[Hooks, _Mapping[str, object]]] = ..., Annotations: _Optional[_Mapping[str, str]] = ..., Linux: _Optional[_Union[Linux, _Mapping[str, object]]] = ..., Solaris: _Optional[_Union[Solaris, _Mapping[str, object]]] = ..., Windows: _Optional[_Union[Windows, _Mapping[str, object]]] = ...) -> None: ...
+    Linux: _Linux
+    Solaris: _Solaris
+    Windows: _Windows
+    def __init__(self, Version: _Optional[str] = ..., Process: _Optional[_Union[_Process, _Mapping[str, object]]] = ..., Root: _Optional[_Union[_Root, _Mapping[str, object]]] = ..., Hostname: _Optional[str] = ..., Mounts: _Optional[_Iterable[_Union[Mount, _Mapping[str, object]]]] = ..., Hooks: _Optional[_Union[_Hooks, _Mapping[str, object]]] = ..., Annotations: _Optional[_Mapping[str, str]] = ..., Linux: _Optional[_Union[_Linux, _Mapping[str, object]]] = ..., Solaris: _Optional[_Union[_Solaris, _Mapping[str, object]]] = ..., Windows: _Optional[_Union[_Windows, _Mapping[str, object]]] = ...) -> None: ...
 
 class Process(_message.Message):
     __slots__ = ("Terminal", "ConsoleSize", "User", "Args", "Env", "Cwd", "Capabilities", "Rlimits", "NoNewPrivileges", "ApparmorProfile", "OOMScoreAdj", "SelinuxLabel")
@@ -53,7 +53,7 @@ class Process(_message.Message):
     SELINUXLABEL_FIELD_NUMBER: _ClassVar[int]
     Terminal: bool
     ConsoleSize: Box
-    User: User
+    User: _User
     Args: _containers.RepeatedScalarFieldContainer[str]
     Env: _containers.RepeatedScalarFieldContainer[str]
     Cwd: str
@@ -63,7 +63,7 @@ class Process(_message.Message):
     ApparmorProfile: str
     OOMScoreAdj: int
     SelinuxLabel: str
-    def __init__(self, Terminal: _Optional[bool] = ..., ConsoleSize: _Optional[_Union[Box, _Mapping[str, object]]] = ..., User: _Optional[_Union[User, _Mapping[str, object]]] = ..., Args: _Optional[_Iterable[str]] = ..., Env: _Optional[_Iterable[str]] = ..., Cwd: _Optional[str] = ..., Capabilities: _Optional[_Union[LinuxCapabilities, _Mapping[str, object]]] = ..., Rlimits: _Optional[_Iterable[_Union[POSIXRlimit, _Mapping[str, object]]]] = ..., NoNewPrivileges: _Optional[bool] = ..., ApparmorProfile: _Optional[str] = ..., OOMScoreAdj: _Optional[int] = ..., SelinuxLabel: _Optional[str] = ...) -> None: ...
+    def __init__(self, Terminal: _Optional[bool] = ..., ConsoleSize: _Optional[_Union[Box, _Mapping[str, object]]] = ..., User: _Optional[_Union[_User, _Mapping[str, object]]] = ..., Args: _Optional[_Iterable[str]] = ..., Env: _Optional[_Iterable[str]] = ..., Cwd: _Optional[str] = ..., Capabilities: _Optional[_Union[LinuxCapabilities, _Mapping[str, object]]] = ..., Rlimits: _Optional[_Iterable[_Union[POSIXRlimit, _Mapping[str, object]]]] = ..., NoNewPrivileges: _Optional[bool] = ..., ApparmorProfile: _Optional[str] = ..., OOMScoreAdj: _Optional[int] = ..., SelinuxLabel: _Optional[str] = ...) -> None: ...
 
 class Box(_message.Message):
     __slots__ = ("Height", "Width")
@@ -421,3 +421,17 @@ class LinuxIntelRdt(_message.Message):
     L3CACHESCHEMA_FIELD_NUMBER: _ClassVar[int]
     L3CacheSchema: str
     def __init__(self, L3CacheSchema: _Optional[str] = ...) -> None: ...
+
+_Hooks = Hooks
+
+_Linux = Linux
+
+_Process = Process
+
+_Root = Root
+
+_Solaris = Solaris
+
+_User = User
+
+_Windows = Windows

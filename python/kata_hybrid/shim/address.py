@@ -149,9 +149,13 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def start_ticks(pid: int) -> int:
-    """Return when a process started (field 22 of ``/proc/PID/stat``), 0 if it is gone."""
+    """Return when a process started (field 22 of ``/proc/PID/stat``), 0 if it is gone.
+
+    A zombie is gone: how soon somebody reaps it says nothing about it.
+    """
     stat = read_file(f"/proc/{pid}/stat")
-    return int(stat[stat.rindex(b")") + 2 :].split()[19]) if stat else 0
+    fields = stat[stat.rindex(b")") + 2 :].split() if stat else [b"X"]
+    return 0 if fields[0] in {b"Z", b"X"} else int(fields[19])
 
 
 class SandboxLock:

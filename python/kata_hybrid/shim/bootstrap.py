@@ -120,6 +120,12 @@ def encode_delete_response(*, pid: int, exit_status: int, exited_at_ns: int) -> 
     return _number(1, pid) + _number(2, exit_status) + _bytes(3, timestamp)
 
 
+def encode_request(service: str, *, method: str) -> bytes:
+    """Encode a ttRPC request without a payload, as a whole frame of stream 1."""
+    request = _text(1, service) + _text(2, method)
+    return len(request).to_bytes(4, "big") + b"\0\0\0\1\1\0" + request
+
+
 def encode_runtime_info(
     *,
     name: str,

@@ -4,9 +4,9 @@ containerd runs it after the connection to the shim is gone: because the shim di
 ordinary course of things, once per container. It must be quick (5 s are allowed), repeatable, and
 must not touch the other containers of a living shim.
 
-    shim alive, others remain ──▶ nothing to do
-    shim alive, none remain ────▶ give it a moment to exit, then kill it ─┐
-    shim dead ────────────────────────────────────────────────────────────┴▶ recovery.clean_up
+    shim answers, others remain ─▶ nothing to do
+    shim answers, none remain ───▶ give it a moment to exit, then kill it ─┐
+    shim hangs, or is dead ────────────────────────────────────────────────┴▶ recovery.clean_up
     then, always: unmount what is left below the bundle's rootfs, answer 137
 """
 
@@ -17,7 +17,7 @@ import sys
 import time
 
 from kata_hybrid.shim import address
-from kata_hybrid.shim.bootstrap import encode_delete_response
+from kata_hybrid.shim.bootstrap import encode_delete_response, encode_request
 from kata_hybrid.shim.failure import ShimError
 from kata_hybrid.shim.group import find_group
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 EXIT_STATUS = 137
 """128 + SIGKILL: how a container ends whose end nobody saw."""
 _EXIT_GRACE_S = 1.5
+_ANSWER_TIMEOUT_S = 3.0
 _POLL_S = 0.02
 # linux/fs.h, linux/mount.h
 _MNT_DETACH = 2
@@ -114,7 +115,7 @@ def _release_sandbox(folder: str, *, container_id: str) -> list[str]:
     if not _exists(folder):
         return []
     if address.is_listening(socket_path):
-        if _others_remain(folder, container_id=container_id):
+        if _others_remain(folder, container_id=container_id) and _answers(folder):
             return []
         # An orderly shutdown removes the socket first and the folder last.
         deadline = time.monotonic() + _EXIT_GRACE_S
@@ -140,6 +141,28 @@ def _is_closing(folder: str) -> bool:
         return int(words[1]) == address.start_ticks(int(words[0]))
     except (IndexError, ValueError, ShimError, OSError):
         return False
+
+
+def _answers(folder: str) -> bool:
+    """Ask the shim for anything: one that hangs is as good as dead, for all its containers.
+
+    containerd gives a shim five seconds for the same question after its own restart.
+    """
+    import _socket
+
+    if b"grpc" in (address.read_file(f"{folder}/{address.SPEAKS_FILE}") or b""):
+        return True
+    request = encode_request("containerd.task.v2.Task", method="Connect")
+    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        probe.settimeout(_ANSWER_TIMEOUT_S)
+        probe.connect(f"{folder}/{address.SOCKET}")
+        probe.send(request)
+        return bool(probe.recv(1))
+    except OSError:
+        return False
+    finally:
+        probe.close()
 
 
 def _others_remain(folder: str, *, container_id: str) -> bool:

@@ -116,8 +116,10 @@ def _parse_json(text: str) -> object:
         )
         if not text[end:].strip(" \t\r\n"):
             return value
-    except (ImportError, AttributeError, TypeError, StopIteration, ValueError):
-        pass  # Not this interpreter's scanner, or malformed: the real thing will tell.
+    except (ImportError, AttributeError, TypeError, StopIteration, ValueError, SystemError):
+        # Not this interpreter's scanner, or malformed (for which the scanner wants the package's
+        # exception, and fails without it): the real thing will tell.
+        pass
     import json
 
     return json.loads(text)

@@ -15,7 +15,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from kata_hybrid.aio.supervisor import Supervisor
-from kata_hybrid.errors import InvalidArgumentError
+from kata_hybrid.errors import InvalidArgumentError, KataError
 from kata_hybrid.ttrpc.frame import MAX_PAYLOAD_BYTES
 from kata_hybrid.ttrpc.server import Method, Services
 from kata_hybrid.ttrpc.status import status_of
@@ -33,7 +33,7 @@ class GrpcServer:
         self._path = path
         self._on_ready = on_ready
         self._calls = Supervisor("grpc calls")
-        self._waiting: set[asyncio.Task[bytes]] = set()
+        self._waiting: set[asyncio.Task[bytes | KataError]] = set()
         self._server: grpc.aio.Server | None = None
         self._last_call = time.monotonic()
 
@@ -107,14 +107,22 @@ class GrpcServer:
             message = f"malformed {method.request_type.DESCRIPTOR.name}"
             raise InvalidArgumentError(message) from exc
         task = self._calls.start(_reply(method, request), name="grpc call")
-        if not method.is_waiting:
+        if method.is_waiting:
+            self._waiting.add(task)
+            task.add_done_callback(self._waiting.discard)
+            reply = await task
+        else:
             # gRPC cancels the handler when its client is gone; what it changes must not stop.
-            return await asyncio.shield(task)
-        self._waiting.add(task)
-        task.add_done_callback(self._waiting.discard)
-        return await task
+            reply = await asyncio.shield(task)
+        if isinstance(reply, KataError):
+            raise reply
+        return reply
 
 
-async def _reply(method: Method, request: Any) -> bytes:
-    reply = await method.handler(request)
+async def _reply(method: Method, request: Any) -> bytes | KataError:
+    """Return the encoded reply, or the error to answer: expected, so no failure of the task."""
+    try:
+        reply = await method.handler(request)
+    except KataError as error:
+        return error
     return reply.SerializeToString()

@@ -14,7 +14,6 @@ never ends a machine that still has containers.
 
 import asyncio
 import contextlib
-import faulthandler
 import gc
 import logging
 import os
@@ -22,6 +21,7 @@ import resource
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,9 +160,15 @@ def read_context(arguments: Arguments) -> ShimContext:
     sandbox_id = address.environment(address.ENV_SANDBOX_ID) or arguments.id
     run_dir = address.environment(address.ENV_SANDBOX_DIR)
     if arguments.socket:
-        run_dir = os.path.dirname(os.path.abspath(arguments.socket))  # noqa: PTH100, PTH120
+        # Run by hand on a socket of the caller's choice: nothing was prepared.
+        run_dir = address.sandbox_dir(
+            arguments.address, namespace=arguments.namespace, group=sandbox_id
+        )
+        address.make_dirs(run_dir)
     if not run_dir:
         raise ShimError(f"{address.ENV_SANDBOX_DIR} is not set: use the start action, or -socket")
+    if os.path.dirname(run_dir) != address.sandboxes_dir():  # noqa: PTH120 - a text compare
+        raise ShimError(f"{run_dir} is not below {address.sandboxes_dir()}")
     options = address.read_file(f"{run_dir}/{address.OPTIONS_FILE}")
     try:
         parsed = decode_any(options) if options else None
@@ -337,8 +343,9 @@ def _log_stacks() -> None:
     for task in asyncio.all_tasks():
         frames = [f"{frame.f_code.co_qualname}:{frame.f_lineno}" for frame in task.get_stack()]
         _LOG.info("task", extra={"task": task.get_name(), "stack": " < ".join(frames)})
-    with open("/proc/self/fd/2", "wb", closefd=True) as file:  # noqa: PTH123
-        faulthandler.dump_traceback(file, all_threads=True)
+    for thread, top in sys._current_frames().items():  # noqa: SLF001 - documented, for debugging
+        frames = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_stack(top)]
+        _LOG.info("thread", extra={"thread": thread, "stack": " > ".join(frames)})
 
 
 async def _exit_when_idle(
@@ -387,7 +394,3 @@ def _log_loop_error(_: asyncio.AbstractEventLoop, problem: dict[str, Any]) -> No
 
 async def _nothing() -> None:
     """Release nothing."""
-
-
-if sys.platform != "linux":  # pragma: no cover
-    raise ImportError("the shim runs on Linux only")

@@ -26,7 +26,7 @@ use std::path::PathBuf;
 use libcontainer::oci_spec::runtime::LinuxCapabilities;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use launch::{ChildStdio, Launched, launch};
+pub(crate) use launch::{ChildStdio, Launched, launch, read_failure, start_error};
 
 /// The word after which `kata-agent` is the child.
 pub(crate) const CHILD_ARGUMENT: &str = "oci";

@@ -4,7 +4,11 @@
 //! [`Requests`] is shared by the I/O thread, which receives, and the threads that call. A caller
 //! sends straight from its own thread when the socket takes the bytes, which spares a wake-up
 //! of the I/O thread per call; what the socket refuses is queued (bounded) and the I/O thread
-//! asked to continue. The lock is held for no longer than one non-blocking send.
+//! asked to continue.
+//!
+//! There are two locks, taken in this order: one for sending, held during the system call, and
+//! one for the book-keeping, which is not. The reply can be there before the send has returned,
+//! and the I/O thread must be able to look up its request then.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io::IoSlice;
@@ -82,21 +86,26 @@ pub struct NeedsAttention(pub bool);
 /// The book-keeping of one connection.
 #[derive(Debug)]
 pub struct Requests {
-    state: Mutex<State>,
+    outgoing: Mutex<Outgoing>,
+    book: Mutex<Book>,
 }
 
 #[derive(Debug)]
-struct State {
+struct Outgoing {
     socket: Option<Arc<OwnedFd>>,
     /// `None` when they have run out.
     next_stream_id: Option<u32>,
+    queue: Vec<u8>,
+    queue_start: usize,
+    send_error: Option<Errno>,
+}
+
+#[derive(Debug, Default)]
+struct Book {
     pending: HashMap<u32, Pending>,
     deadlines: BTreeSet<(Instant, u32)>,
     /// When the I/O thread's timer is due; never later than the first deadline.
     timer: Option<Instant>,
-    queue: Vec<u8>,
-    queue_start: usize,
-    send_error: Option<Errno>,
     end: Option<(Code, String)>,
 }
 
@@ -111,17 +120,14 @@ impl Requests {
     #[must_use]
     pub fn new(socket: Arc<OwnedFd>) -> Self {
         Self {
-            state: Mutex::new(State {
+            outgoing: Mutex::new(Outgoing {
                 socket: Some(socket),
                 next_stream_id: Some(1),
-                pending: HashMap::new(),
-                deadlines: BTreeSet::new(),
-                timer: None,
                 queue: Vec::new(),
                 queue_start: 0,
                 send_error: None,
-                end: None,
             }),
+            book: Mutex::default(),
         }
     }
 
@@ -134,14 +140,13 @@ impl Requests {
         reply_to: ReplyTo,
         request: Request<'_>,
     ) -> Result<NeedsAttention, RequestError> {
-        let mut state = self.lock();
-        if let Some((code, message)) = &state.end {
-            return Err(RequestError::Ended(*code, message.clone()));
-        }
-        if state.queue.len() - state.queue_start > MAX_QUEUED {
+        let mut outgoing = lock(&self.outgoing);
+        if outgoing.queue.len() - outgoing.queue_start > MAX_QUEUED {
             return Err(RequestError::QueueFull);
         }
-        let stream_id = state.next_stream_id.ok_or(RequestError::OutOfStreamIds)?;
+        let stream_id = outgoing
+            .next_stream_id
+            .ok_or(RequestError::OutOfStreamIds)?;
         let [first, second] = request.payload;
         let timeout = request.timeout.unwrap_or_default();
         let (head, tail) = encode_request_frame(
@@ -151,56 +156,47 @@ impl Requests {
             first.len().saturating_add(second.len()),
             i64::try_from(timeout.as_nanos()).unwrap_or(i64::MAX),
         )?;
-        state.next_stream_id = stream_id.checked_add(2);
         let deadline = request
             .timeout
             .and_then(|timeout| Instant::now().checked_add(timeout));
-        state
-            .pending
-            .insert(stream_id, Pending { reply_to, deadline });
-        let had_queue = state.has_queue();
-        state.send(&[&head, first, second, &tail]);
-        let mut needs_attention = state.send_error.is_some() || state.has_queue() != had_queue;
-        if let Some(deadline) = deadline {
-            state.deadlines.insert((deadline, stream_id));
-            if state.timer.is_none_or(|timer| deadline < timer) {
-                state.timer = Some(deadline);
-                needs_attention = true;
-            }
-        }
-        Ok(NeedsAttention(needs_attention))
+        let is_first = lock(&self.book).open(stream_id, reply_to, deadline)?;
+        outgoing.next_stream_id = stream_id.checked_add(2);
+        let had_queue = outgoing.has_queue();
+        outgoing.send(&[&head, first, second, &tail]);
+        let is_stuck = outgoing.send_error.is_some() || outgoing.has_queue() != had_queue;
+        Ok(NeedsAttention(is_first || is_stuck))
     }
 
     /// A reply to `stream_id` came. `None`: nobody waits for it (any more).
     pub fn take(&self, stream_id: u32) -> Option<ReplyTo> {
-        let mut state = self.lock();
-        let pending = state.pending.remove(&stream_id)?;
+        let mut book = lock(&self.book);
+        let pending = book.pending.remove(&stream_id)?;
         if let Some(deadline) = pending.deadline {
-            state.deadlines.remove(&(deadline, stream_id));
+            book.deadlines.remove(&(deadline, stream_id));
         }
         Some(pending.reply_to)
     }
 
     /// Take the requests whose deadline is over. Call when the timer fires.
     pub fn take_expired(&self, now: Instant) -> Vec<ReplyTo> {
-        let mut state = self.lock();
+        let mut book = lock(&self.book);
         let mut expired = Vec::new();
-        while let Some((deadline, stream_id)) = state.deadlines.first().copied() {
+        while let Some((deadline, stream_id)) = book.deadlines.first().copied() {
             if deadline > now {
                 break;
             }
-            state.deadlines.pop_first();
-            if let Some(pending) = state.pending.remove(&stream_id) {
+            book.deadlines.pop_first();
+            if let Some(pending) = book.pending.remove(&stream_id) {
                 expired.push(pending.reply_to);
             }
         }
-        state.timer = state.deadlines.first().map(|(deadline, _)| *deadline);
+        book.timer = book.deadlines.first().map(|(deadline, _)| *deadline);
         expired
     }
 
     /// When the timer must be due.
     pub fn timer(&self) -> Option<Instant> {
-        self.lock().timer
+        lock(&self.book).timer
     }
 
     /// Give the socket what waits for it. `Ok(true)` when something still waits.
@@ -208,28 +204,28 @@ impl Requests {
     /// # Errors
     /// The connection is broken.
     pub fn flush(&self) -> Result<bool, Errno> {
-        let mut state = self.lock();
-        state.flush();
-        match state.send_error {
+        let mut outgoing = lock(&self.outgoing);
+        outgoing.flush();
+        match outgoing.send_error {
             Some(errno) => Err(errno),
-            None => Ok(state.has_queue()),
+            None => Ok(outgoing.has_queue()),
         }
     }
 
     /// End the connection: take every request in flight, refuse later ones with this status and
     /// let go of the socket. The first end counts.
     pub fn end(&self, code: Code, message: &str) -> Vec<ReplyTo> {
-        let mut state = self.lock();
-        if state.end.is_none() {
-            state.end = Some((code, message.to_owned()));
+        let mut outgoing = lock(&self.outgoing);
+        outgoing.socket = None;
+        outgoing.queue = Vec::new();
+        outgoing.queue_start = 0;
+        let mut book = lock(&self.book);
+        if book.end.is_none() {
+            book.end = Some((code, message.to_owned()));
         }
-        state.socket = None;
-        state.queue = Vec::new();
-        state.queue_start = 0;
-        state.deadlines.clear();
-        state.timer = None;
-        state
-            .pending
+        book.deadlines.clear();
+        book.timer = None;
+        book.pending
             .drain()
             .map(|(_, pending)| pending.reply_to)
             .collect()
@@ -237,15 +233,41 @@ impl Requests {
 
     /// How the connection ended, if it has.
     pub fn ended(&self) -> Option<(Code, String)> {
-        self.lock().end.clone()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.book).end.clone()
     }
 }
 
-impl State {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Both states are consistent between any two statements.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Book {
+    /// Note a request about to be sent; whether the timer must be set for it.
+    fn open(
+        &mut self,
+        stream_id: u32,
+        reply_to: ReplyTo,
+        deadline: Option<Instant>,
+    ) -> Result<bool, RequestError> {
+        if let Some((code, message)) = &self.end {
+            return Err(RequestError::Ended(*code, message.clone()));
+        }
+        self.pending
+            .insert(stream_id, Pending { reply_to, deadline });
+        let Some(deadline) = deadline else {
+            return Ok(false);
+        };
+        self.deadlines.insert((deadline, stream_id));
+        let is_first = self.timer.is_none_or(|timer| deadline < timer);
+        if is_first {
+            self.timer = Some(deadline);
+        }
+        Ok(is_first)
+    }
+}
+
+impl Outgoing {
     fn has_queue(&self) -> bool {
         self.queue_start < self.queue.len()
     }
@@ -326,7 +348,7 @@ mod tests {
     #[test]
     fn stream_ids_are_odd_and_run_out_with_an_error() {
         let (requests, _theirs) = connected();
-        requests.lock().next_stream_id = Some(u32::MAX);
+        lock(&requests.outgoing).next_stream_id = Some(u32::MAX);
         let sent = requests.send(ReplyTo::Event(1), request(b"", None));
         assert_eq!(sent.unwrap(), NeedsAttention(false));
         let refused = requests
@@ -357,7 +379,9 @@ mod tests {
         let (requests, _theirs) = connected();
         let send = |seconds| {
             let timeout = Some(Duration::from_secs(seconds));
-            requests.send(ReplyTo::Event(seconds), request(b"", timeout)).unwrap()
+            requests
+                .send(ReplyTo::Event(seconds), request(b"", timeout))
+                .unwrap()
         };
         assert_eq!(send(20), NeedsAttention(true));
         assert_eq!(send(30), NeedsAttention(false));

@@ -20,10 +20,10 @@ use vhost::vhost_user::{
     Error as ProtocolError, GpuBackend, Result as ProtocolResult, VhostUserBackendReqHandlerMut,
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use super::queue::{QueueError, Vring};
 
@@ -102,7 +102,9 @@ impl Backend {
     }
 
     fn vring(&mut self, index: u32) -> ProtocolResult<&mut Vring> {
-        let vring = usize::try_from(index).ok().and_then(|index| self.vrings.get_mut(index));
+        let vring = usize::try_from(index)
+            .ok()
+            .and_then(|index| self.vrings.get_mut(index));
         vring.ok_or(ProtocolError::InvalidParam)
     }
 
@@ -117,7 +119,9 @@ impl Backend {
     }
 
     fn stop_vring(&mut self, index: usize) {
-        let Some(vring) = self.vrings.get_mut(index) else { return };
+        let Some(vring) = self.vrings.get_mut(index) else {
+            return;
+        };
         if let Some(kick) = &vring.kick {
             // The monitor holds the same eventfd, so closing ours would not end the watch.
             let _gone = epoll::delete(&self.epoll, kick);
@@ -151,12 +155,18 @@ impl Drop for Backend {
     }
 }
 
+/// The `vhost` crate receives descriptors without close-on-exec; children must not get them.
+fn private(file: &File) -> ProtocolResult<()> {
+    rustix::io::fcntl_setfd(file, rustix::io::FdFlags::CLOEXEC)
+        .map_err(|errno| ProtocolError::ReqHandlerError(errno.into()))
+}
+
 fn map_region(region: &VhostUserMemoryRegion, file: File) -> ProtocolResult<GuestRegionMmap> {
-    let invalid = |_| ProtocolError::InvalidParam;
+    private(&file)?;
     let size = usize::try_from(region.memory_size).map_err(|_| ProtocolError::InvalidParam)?;
     // Checks that the file is long enough, so that no access faults later.
-    let mapping = MmapRegion::from_file(FileOffset::new(file, region.mmap_offset), size)
-        .map_err(invalid)?;
+    let mapping =
+        MmapRegion::from_file(FileOffset::new(file, region.mmap_offset), size).map_err(|_| ProtocolError::InvalidParam)?;
     GuestRegionMmap::new(mapping, GuestAddress(region.guest_phys_addr))
         .ok_or(ProtocolError::InvalidParam)
 }
@@ -192,7 +202,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
             return Err(ProtocolError::InvalidParam);
         }
         self.features = features;
-        let has_protocol_features = features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
+        let has_protocol_features =
+            features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
         for vring in &mut self.vrings {
             vring.set_event_idx(features & bit(VIRTIO_RING_F_EVENT_IDX) != 0);
             // Without protocol features there is no SET_VRING_ENABLE and rings start enabled.
@@ -227,7 +238,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> ProtocolResult<()> {
         let size = u16::try_from(num).map_err(|_| ProtocolError::InvalidParam)?;
-        self.vring(index)?.set_size(size).map_err(|_| ProtocolError::InvalidParam)
+        self.vring(index)?
+            .set_size(size)
+            .map_err(|_| ProtocolError::InvalidParam)
     }
 
     fn set_vring_addr(
@@ -266,6 +279,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         }
         // No descriptor would mean polling guest memory: not on a shared thread.
         let kick = fd.ok_or(ProtocolError::InvalidParam)?;
+        private(&kick)?;
         self.stop_vring(index);
         let memory = self.memory.as_ref().ok_or(ProtocolError::InvalidParam)?;
         if !self.vrings[index].start(memory) {
@@ -279,6 +293,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> ProtocolResult<()> {
+        if let Some(call) = &fd {
+            private(call)?;
+        }
         self.vring(u32::from(index))?.call = fd;
         Ok(())
     }
@@ -318,7 +335,10 @@ impl VhostUserBackendReqHandlerMut for Backend {
         let start = usize::try_from(offset).map_err(|_| ProtocolError::InvalidParam)?;
         let end = u64::from(offset) + u64::from(size);
         let end = usize::try_from(end).map_err(|_| ProtocolError::InvalidParam)?;
-        config.get(start..end).map(<[u8]>::to_vec).ok_or(ProtocolError::InvalidParam)
+        config
+            .get(start..end)
+            .map(<[u8]>::to_vec)
+            .ok_or(ProtocolError::InvalidParam)
     }
 
     fn set_config(
@@ -327,7 +347,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
         _buf: &[u8],
         _flags: VhostUserConfigFlags,
     ) -> ProtocolResult<()> {
-        Err(ProtocolError::InvalidOperation("the configuration is read-only"))
+        Err(ProtocolError::InvalidOperation(
+            "the configuration is read-only",
+        ))
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> ProtocolResult<()> {
@@ -345,12 +367,18 @@ impl VhostUserBackendReqHandlerMut for Backend {
         Err(ProtocolError::InvalidOperation("no inflight tracking"))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> ProtocolResult<()> {
+    fn set_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+        _file: File,
+    ) -> ProtocolResult<()> {
         Err(ProtocolError::InvalidOperation("no inflight tracking"))
     }
 
     fn get_max_mem_slots(&mut self) -> ProtocolResult<u64> {
-        Err(ProtocolError::InvalidOperation("memory slots are not configurable"))
+        Err(ProtocolError::InvalidOperation(
+            "memory slots are not configurable",
+        ))
     }
 
     fn add_mem_region(
@@ -358,11 +386,15 @@ impl VhostUserBackendReqHandlerMut for Backend {
         _region: &VhostUserSingleMemoryRegion,
         _fd: File,
     ) -> ProtocolResult<()> {
-        Err(ProtocolError::InvalidOperation("memory slots are not configurable"))
+        Err(ProtocolError::InvalidOperation(
+            "memory slots are not configurable",
+        ))
     }
 
     fn remove_mem_region(&mut self, _region: &VhostUserSingleMemoryRegion) -> ProtocolResult<()> {
-        Err(ProtocolError::InvalidOperation("memory slots are not configurable"))
+        Err(ProtocolError::InvalidOperation(
+            "memory slots are not configurable",
+        ))
     }
 
     fn set_device_state_fd(

@@ -76,8 +76,10 @@ impl<'m> GuestBuffers<'m> {
             }
             // A range may span adjacent regions, so one descriptor may give several slices.
             for slice in memory.get_slices(address, len as usize) {
-                let slice =
-                    slice.map_err(|_| BufferError::OutOfMemory { address: address.0, len })?;
+                let slice = slice.map_err(|_| BufferError::OutOfMemory {
+                    address: address.0,
+                    len,
+                })?;
                 self.len += slice.len();
                 self.slices.push(slice);
             }
@@ -171,7 +173,10 @@ impl<'m> GuestBuffers<'m> {
     }
 
     fn iovecs(&self, offset: usize) -> ([libc::iovec; MAX_SLICES_PER_CALL], usize) {
-        let empty = libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 };
+        let empty = libc::iovec {
+            iov_base: ptr::null_mut(),
+            iov_len: 0,
+        };
         let mut iovecs = [empty; MAX_SLICES_PER_CALL];
         let (mut skip, mut count) = (offset, 0);
         for slice in &self.slices {
@@ -184,7 +189,10 @@ impl<'m> GuestBuffers<'m> {
             }
             // The guard only matters for Xen's on-demand mappings; ours live as long as 'm.
             let base = slice.ptr_guard_mut().as_ptr().wrapping_add(skip);
-            iovecs[count] = libc::iovec { iov_base: base.cast(), iov_len: slice.len() - skip };
+            iovecs[count] = libc::iovec {
+                iov_base: base.cast(),
+                iov_len: slice.len() - skip,
+            };
             count += 1;
             skip = 0;
         }
@@ -201,7 +209,10 @@ fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     }
 }
 
-#[expect(unsafe_code, reason = "guest memory may not be lent as a Rust slice, which rustix wants")]
+#[expect(
+    unsafe_code,
+    reason = "guest memory may not be lent as a Rust slice, which rustix wants"
+)]
 fn send_iovecs(socket: BorrowedFd<'_>, iovecs: &[libc::iovec]) -> io::Result<usize> {
     let message = libc::msghdr {
         msg_name: ptr::null_mut(),
@@ -215,11 +226,15 @@ fn send_iovecs(socket: BorrowedFd<'_>, iovecs: &[libc::iovec]) -> io::Result<usi
     // SAFETY: `message` names `iovecs.len()` valid entries that the kernel only reads. Each entry
     // was made by `GuestBuffers::iovecs` from a volatile slice, so its range lies in a mapping
     // that outlives the borrow of the buffers; concurrent guest writes only change the bytes sent.
-    let result = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+    let result =
+        unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-#[expect(unsafe_code, reason = "guest memory may not be lent as a Rust slice, which rustix wants")]
+#[expect(
+    unsafe_code,
+    reason = "guest memory may not be lent as a Rust slice, which rustix wants"
+)]
 fn receive_iovecs(socket: BorrowedFd<'_>, iovecs: &[libc::iovec]) -> io::Result<usize> {
     // At most MAX_SLICES_PER_CALL.
     let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
@@ -242,12 +257,19 @@ mod tests {
     use super::*;
 
     fn memory() -> GuestMemoryMmap {
-        let regions = [(GuestAddress(0), 0x1_0000), (GuestAddress(0x1_0000), 0x1_0000)];
+        let regions = [
+            (GuestAddress(0), 0x1_0000),
+            (GuestAddress(0x1_0000), 0x1_0000),
+        ];
         GuestMemoryMmap::from_ranges(&regions).unwrap()
     }
 
     fn descriptor(address: u64, len: u32, direction: Direction) -> Descriptor {
-        let flags = if direction == Direction::ToGuest { VRING_DESC_F_WRITE } else { 0 };
+        let flags = if direction == Direction::ToGuest {
+            VRING_DESC_F_WRITE
+        } else {
+            0
+        };
         Descriptor::new(address, len, u16::try_from(flags).unwrap(), 0)
     }
 
@@ -292,14 +314,19 @@ mod tests {
     #[test]
     fn receiving_fills_buffers_in_order() {
         let memory = memory();
-        let chain = [(0x100, 3), (0xfffe, 4), (0x300, 10)].map(|(a, l)| descriptor(a, l, Direction::ToGuest));
+        let chain = [(0x100, 3), (0xfffe, 4), (0x300, 10)]
+            .map(|(a, l)| descriptor(a, l, Direction::ToGuest));
         let mut buffers = GuestBuffers::default();
-        buffers.gather(&memory, chain.into_iter(), Direction::ToGuest, 3).unwrap();
+        buffers
+            .gather(&memory, chain.into_iter(), Direction::ToGuest, 3)
+            .unwrap();
         let (mut host, device) = UnixStream::pair().unwrap();
         host.write_all(b"abcdefghij").unwrap();
         assert_eq!(buffers.receive(device.as_fd()).unwrap(), 10);
         let mut across = [0; 4];
-        memory.read_slice(&mut across, GuestAddress(0xfffe)).unwrap();
+        memory
+            .read_slice(&mut across, GuestAddress(0xfffe))
+            .unwrap();
         assert_eq!(&across, b"defg");
     }
 
@@ -310,7 +337,10 @@ mod tests {
             let mut buffers = GuestBuffers::default();
             let chain = [descriptor(address, len, Direction::ToGuest)];
             let result = buffers.gather(&memory, chain.into_iter(), Direction::ToGuest, 8);
-            assert!(matches!(result, Err(BufferError::OutOfMemory { .. })), "{address:#x} {len}");
+            assert!(
+                matches!(result, Err(BufferError::OutOfMemory { .. })),
+                "{address:#x} {len}"
+            );
         }
     }
 
@@ -319,9 +349,17 @@ mod tests {
         let memory = memory();
         let mut buffers = GuestBuffers::default();
         let wrong = [descriptor(0, 1, Direction::FromGuest)];
-        assert!(buffers.gather(&memory, wrong.into_iter(), Direction::ToGuest, 8).is_err());
+        assert!(
+            buffers
+                .gather(&memory, wrong.into_iter(), Direction::ToGuest, 8)
+                .is_err()
+        );
         let endless = std::iter::repeat(descriptor(0, 1, Direction::ToGuest));
-        assert!(buffers.gather(&memory, endless, Direction::ToGuest, 8).is_err());
+        assert!(
+            buffers
+                .gather(&memory, endless, Direction::ToGuest, 8)
+                .is_err()
+        );
         assert!(buffers.len() <= 8);
     }
 
@@ -330,9 +368,14 @@ mod tests {
         let memory = memory();
         let mut buffers = GuestBuffers::default();
         let chain = [descriptor(0, 1, Direction::FromGuest)];
-        buffers.gather(&memory, chain.into_iter(), Direction::FromGuest, 8).unwrap();
+        buffers
+            .gather(&memory, chain.into_iter(), Direction::FromGuest, 8)
+            .unwrap();
         let (host, device) = UnixStream::pair().unwrap();
         drop(host);
-        assert_eq!(buffers.send(device.as_fd(), 0).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(
+            buffers.send(device.as_fd(), 0).unwrap_err().kind(),
+            io::ErrorKind::BrokenPipe
+        );
     }
 }

@@ -111,7 +111,9 @@ impl PendingControl {
     }
 
     fn first(self) -> Option<Operation> {
-        Self::ORDER.into_iter().find(|operation| self.0 & Self::of(*operation).0 != 0)
+        Self::ORDER
+            .into_iter()
+            .find(|operation| self.0 & Self::of(*operation).0 != 0)
     }
 }
 
@@ -144,7 +146,14 @@ impl Connection {
     }
 
     fn new(phase: Phase, credit: Credit, pending: PendingControl) -> Self {
-        Self { phase, credit, pending, guest_shutdown: 0, host_shutdown: 0, is_closing_new: false }
+        Self {
+            phase,
+            credit,
+            pending,
+            guest_shutdown: 0,
+            host_shutdown: 0,
+            is_closing_new: false,
+        }
     }
 
     /// Where the connection stands.
@@ -190,9 +199,7 @@ impl Connection {
                 self.phase = Phase::Established;
                 Ok(Action::Accepted)
             }
-            (Phase::Established | Phase::Closing, Operation::ReadWrite) => {
-                self.on_data(header.len)
-            }
+            (Phase::Established | Phase::Closing, Operation::ReadWrite) => self.on_data(header.len),
             (Phase::Established | Phase::Closing, Operation::Shutdown) => {
                 self.guest_shutdown |= header.flags & SHUTDOWN_BOTH;
                 if self.guest_shutdown == SHUTDOWN_BOTH {
@@ -205,9 +212,7 @@ impl Connection {
                 Ok(Action::None)
             }
             (Phase::Established | Phase::Closing, Operation::CreditUpdate) => Ok(Action::None),
-            (phase, operation) => {
-                Err(ConnectionError::UnexpectedOperation { operation, phase })
-            }
+            (phase, operation) => Err(ConnectionError::UnexpectedOperation { operation, phase }),
         }
     }
 
@@ -237,7 +242,11 @@ impl Connection {
 
     /// The host socket is at its end of file; `is_gone` when it also takes no more bytes.
     pub fn on_host_closed(&mut self, is_gone: bool) {
-        self.shut_down(if is_gone { SHUTDOWN_BOTH } else { SHUTDOWN_SEND });
+        self.shut_down(if is_gone {
+            SHUTDOWN_BOTH
+        } else {
+            SHUTDOWN_SEND
+        });
     }
 
     /// The host socket takes no more bytes, but may still have some for the guest.
@@ -292,7 +301,11 @@ impl Connection {
     /// [`Connection::on_control_sent`].
     pub fn next_control_packet(&self) -> Option<ControlPacket> {
         let operation = self.pending.first()?;
-        let flags = if operation == Operation::Shutdown { self.host_shutdown } else { 0 };
+        let flags = if operation == Operation::Shutdown {
+            self.host_shutdown
+        } else {
+            0
+        };
         Some(ControlPacket { operation, flags })
     }
 

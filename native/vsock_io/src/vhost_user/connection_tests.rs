@@ -6,7 +6,13 @@ use super::*;
 use crate::vhost_user::credit::BUFFER_SIZE;
 
 fn header(operation: Operation, len: u32, flags: u32) -> PacketHeader {
-    PacketHeader { op: operation as u16, len, flags, buf_alloc: 65_536, ..Default::default() }
+    PacketHeader {
+        op: operation as u16,
+        len,
+        flags,
+        buf_alloc: 65_536,
+        ..Default::default()
+    }
 }
 
 fn established() -> Connection {
@@ -26,14 +32,22 @@ fn drain(connection: &mut Connection) -> Vec<ControlPacket> {
     packets
 }
 
-fn on(connection: &mut Connection, operation: Operation, len: u32, flags: u32) -> Result<Action, ConnectionError> {
+fn on(
+    connection: &mut Connection,
+    operation: Operation,
+    len: u32,
+    flags: u32,
+) -> Result<Action, ConnectionError> {
     connection.on_packet(operation, &header(operation, len, flags))
 }
 
 #[test]
 fn a_dialled_connection_sends_request_and_waits() {
     let mut connection = Connection::requested();
-    let expected = [ControlPacket { operation: Operation::Request, flags: 0 }];
+    let expected = [ControlPacket {
+        operation: Operation::Request,
+        flags: 0,
+    }];
     assert_eq!(drain(&mut connection), expected);
     assert_eq!(connection.phase(), Phase::Requested);
     assert_eq!(connection.data_allowance(), 0);
@@ -50,7 +64,10 @@ fn an_accepted_connection_sends_response_and_knows_the_guests_room() {
 fn data_before_the_answer_breaks_the_connection() {
     let mut connection = Connection::requested();
     let result = on(&mut connection, Operation::ReadWrite, 1, 0);
-    assert!(matches!(result, Err(ConnectionError::UnexpectedOperation { .. })));
+    assert!(matches!(
+        result,
+        Err(ConnectionError::UnexpectedOperation { .. })
+    ));
 }
 
 #[test]
@@ -62,7 +79,10 @@ fn a_second_request_breaks_the_connection() {
 #[test]
 fn more_data_than_credit_breaks_the_connection() {
     let mut connection = established();
-    assert_eq!(on(&mut connection, Operation::ReadWrite, BUFFER_SIZE, 0), Ok(Action::Deliver(BUFFER_SIZE)));
+    assert_eq!(
+        on(&mut connection, Operation::ReadWrite, BUFFER_SIZE, 0),
+        Ok(Action::Deliver(BUFFER_SIZE))
+    );
     assert_eq!(
         on(&mut connection, Operation::ReadWrite, 1, 0),
         Err(ConnectionError::CreditExceeded { len: 1 })
@@ -82,23 +102,35 @@ fn delivered_data_gives_credit_back() {
 #[test]
 fn half_close_by_the_guest_leaves_the_other_direction_open() {
     let mut connection = established();
-    assert_eq!(on(&mut connection, Operation::Shutdown, 0, SHUTDOWN_SEND), Ok(Action::HalfClosed));
+    assert_eq!(
+        on(&mut connection, Operation::Shutdown, 0, SHUTDOWN_SEND),
+        Ok(Action::HalfClosed)
+    );
     assert!(connection.data_allowance() > 0);
     assert_eq!(
         on(&mut connection, Operation::ReadWrite, 1, 0),
         Err(ConnectionError::DataAfterShutdown { len: 1 })
     );
-    assert_eq!(on(&mut connection, Operation::Shutdown, 0, SHUTDOWN_RECEIVE), Ok(Action::Closed));
+    assert_eq!(
+        on(&mut connection, Operation::Shutdown, 0, SHUTDOWN_RECEIVE),
+        Ok(Action::Closed)
+    );
 }
 
 #[test]
 fn half_close_by_the_host_leaves_the_other_direction_open() {
     let mut connection = established();
     connection.on_host_closed(false);
-    let expected = [ControlPacket { operation: Operation::Shutdown, flags: SHUTDOWN_SEND }];
+    let expected = [ControlPacket {
+        operation: Operation::Shutdown,
+        flags: SHUTDOWN_SEND,
+    }];
     assert_eq!(drain(&mut connection), expected);
     assert_eq!(connection.phase(), Phase::Established);
-    assert_eq!(on(&mut connection, Operation::ReadWrite, 5, 0), Ok(Action::Deliver(5)));
+    assert_eq!(
+        on(&mut connection, Operation::ReadWrite, 5, 0),
+        Ok(Action::Deliver(5))
+    );
     assert_eq!(connection.data_allowance(), 0);
 }
 
@@ -108,7 +140,10 @@ fn a_host_that_is_gone_closes_both_ways_once() {
     connection.on_host_closed(true);
     connection.on_host_closed(true);
     connection.on_host_deaf();
-    let expected = [ControlPacket { operation: Operation::Shutdown, flags: SHUTDOWN_BOTH }];
+    let expected = [ControlPacket {
+        operation: Operation::Shutdown,
+        flags: SHUTDOWN_BOTH,
+    }];
     assert_eq!(drain(&mut connection), expected);
     assert!(connection.take_closing_start());
     assert!(!connection.take_closing_start());
@@ -120,7 +155,10 @@ fn data_that_crosses_our_shutdown_is_dropped_and_counted() {
     let mut connection = established();
     connection.on_host_deaf();
     for _ in 0..4 {
-        assert_eq!(on(&mut connection, Operation::ReadWrite, BUFFER_SIZE, 0), Ok(Action::None));
+        assert_eq!(
+            on(&mut connection, Operation::ReadWrite, BUFFER_SIZE, 0),
+            Ok(Action::None)
+        );
     }
     assert_eq!(connection.credit().forwarded(), 4 * BUFFER_SIZE);
 }
@@ -128,7 +166,10 @@ fn data_that_crosses_our_shutdown_is_dropped_and_counted() {
 #[test]
 fn a_credit_request_is_answered() {
     let mut connection = established();
-    assert_eq!(on(&mut connection, Operation::CreditRequest, 0, 0), Ok(Action::None));
+    assert_eq!(
+        on(&mut connection, Operation::CreditRequest, 0, 0),
+        Ok(Action::None)
+    );
     assert_eq!(drain(&mut connection)[0].operation, Operation::CreditUpdate);
 }
 
@@ -139,7 +180,10 @@ fn without_room_the_guest_is_asked_once() {
     assert_eq!(connection.data_allowance(), 0);
     connection.on_blocked_by_credit();
     connection.on_blocked_by_credit();
-    let expected = [ControlPacket { operation: Operation::CreditRequest, flags: 0 }];
+    let expected = [ControlPacket {
+        operation: Operation::CreditRequest,
+        flags: 0,
+    }];
     assert_eq!(drain(&mut connection), expected);
     connection.on_blocked_by_credit();
     assert_eq!(drain(&mut connection), []);
@@ -157,7 +201,13 @@ enum Step {
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
-    let packet = (1u16..=7, 0u32..=65_536, any::<u32>(), any::<u32>(), any::<u32>());
+    let packet = (
+        1u16..=7,
+        0u32..=65_536,
+        any::<u32>(),
+        any::<u32>(),
+        any::<u32>(),
+    );
     prop_oneof![
         6 => packet.prop_map(|(op, len, flags, buf_alloc, fwd_cnt)| {
             let len = if op == 5 { len } else { 0 };

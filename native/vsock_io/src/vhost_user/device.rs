@@ -110,9 +110,14 @@ impl BoundListener {
             rustix::net::listen(&socket, 128)?;
             Ok(UnixListener::from(socket))
         };
-        let listener =
-            make().map_err(|source| DeviceError::Listen { path: path.to_owned(), source })?;
-        Ok(Self { listener, path: path.to_owned() })
+        let listener = make().map_err(|source| DeviceError::Listen {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+        })
     }
 }
 
@@ -156,7 +161,9 @@ pub struct Device {
 
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Device").field("muxer", &self.muxer).finish_non_exhaustive()
+        f.debug_struct("Device")
+            .field("muxer", &self.muxer)
+            .finish_non_exhaustive()
     }
 }
 
@@ -165,18 +172,32 @@ impl Device {
     ///
     /// # Errors
     /// A path cannot be bound; nothing is left behind.
-    pub fn bind(socket_path: &Path, hybrid_path: &Path, guest_cid: u64) -> Result<Self, DeviceError> {
+    pub fn bind(
+        socket_path: &Path,
+        hybrid_path: &Path,
+        guest_cid: u64,
+    ) -> Result<Self, DeviceError> {
         let monitor_listener = BoundListener::bind(socket_path)?;
         let hybrid_listener = BoundListener::bind(hybrid_path)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|errno| system("create an epoll set", errno))?;
         let epoll = Arc::new(epoll);
-        watch(&epoll, &monitor_listener.listener, MONITOR_LISTENER, epoll::EventFlags::IN)?;
+        watch(
+            &epoll,
+            &monitor_listener.listener,
+            MONITOR_LISTENER,
+            epoll::EventFlags::IN,
+        )?;
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         watch(&epoll, &hybrid_listener.listener, HYBRID_LISTENER, flags)?;
-        let backend = Backend::new(guest_cid, Arc::clone(&epoll))
-            .map_err(|source| DeviceError::Queue { name: "new", source })?;
-        let dialer = Box::new(PathDialer { hybrid_path: hybrid_path.to_owned() });
+        let backend =
+            Backend::new(guest_cid, Arc::clone(&epoll)).map_err(|source| DeviceError::Queue {
+                name: "new",
+                source,
+            })?;
+        let dialer = Box::new(PathDialer {
+            hybrid_path: hybrid_path.to_owned(),
+        });
         Ok(Self {
             muxer: Muxer::new(guest_cid, dialer, Arc::clone(&epoll)),
             epoll,
@@ -204,7 +225,10 @@ impl Device {
     /// The device has come to its end; drop it.
     pub fn run(&mut self) -> Result<Turn, DeviceError> {
         let mut events = Vec::with_capacity(EVENTS_PER_RUN);
-        let no_wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let no_wait = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         let buffer = rustix::buffer::spare_capacity(&mut events);
         match epoll::wait(&self.epoll, buffer, Some(&no_wait)) {
             Ok(_) | Err(Errno::INTR) => {}
@@ -255,21 +279,33 @@ impl Device {
             // It left again, or a signal came.
             return Ok(());
         };
-        let failed = |source| DeviceError::System { operation: "set up the connection", source };
+        let failed = |source| DeviceError::System {
+            operation: "set up the connection",
+            source,
+        };
         // One monitor per device: no further ones.
         epoll::delete(&self.epoll, &self.monitor_listener.listener)
             .map_err(|errno| failed(errno.into()))?;
         // Messages are read whole when readable; the limits keep a broken peer from blocking us.
         socket.set_nonblocking(false).map_err(failed)?;
-        socket.set_read_timeout(Some(MESSAGE_TIMEOUT)).map_err(failed)?;
-        socket.set_write_timeout(Some(MESSAGE_TIMEOUT)).map_err(failed)?;
+        socket
+            .set_read_timeout(Some(MESSAGE_TIMEOUT))
+            .map_err(failed)?;
+        socket
+            .set_write_timeout(Some(MESSAGE_TIMEOUT))
+            .map_err(failed)?;
         watch(&self.epoll, &socket, MONITOR, epoll::EventFlags::IN)?;
-        self.monitor = Some(BackendReqHandler::from_stream(socket, Arc::clone(&self.backend)));
+        self.monitor = Some(BackendReqHandler::from_stream(
+            socket,
+            Arc::clone(&self.backend),
+        ));
         Ok(())
     }
 
     fn on_message(&mut self) -> Result<(), DeviceError> {
-        let Some(monitor) = &mut self.monitor else { return Ok(()) };
+        let Some(monitor) = &mut self.monitor else {
+            return Ok(());
+        };
         match monitor.handle_request() {
             Ok(()) => Ok(()),
             Err(ProtocolError::Disconnected | ProtocolError::SocketBroken(_)) => {
@@ -305,11 +341,19 @@ impl Device {
         if !backend.is_active() {
             return Ok(false);
         }
-        let Some((memory, rx, tx)) = backend.parts() else { return Ok(false) };
-        let tx_has_more = drain_tx(&mut self.muxer, memory, tx)
-            .map_err(|source| DeviceError::Queue { name: QUEUE_NAMES[TX_QUEUE], source })?;
-        let rx_has_more = fill_rx(&mut self.muxer, memory, rx)
-            .map_err(|source| DeviceError::Queue { name: QUEUE_NAMES[RX_QUEUE], source })?;
+        let Some((memory, rx, tx)) = backend.parts() else {
+            return Ok(false);
+        };
+        let tx_has_more =
+            drain_tx(&mut self.muxer, memory, tx).map_err(|source| DeviceError::Queue {
+                name: QUEUE_NAMES[TX_QUEUE],
+                source,
+            })?;
+        let rx_has_more =
+            fill_rx(&mut self.muxer, memory, rx).map_err(|source| DeviceError::Queue {
+                name: QUEUE_NAMES[RX_QUEUE],
+                source,
+            })?;
         // Packets left on the ring for want of reply space can be taken when there is some again;
         // without guest buffers there is none, and the guest's next buffer kicks.
         Ok(rx_has_more || tx_has_more && !self.muxer.is_reply_queue_full())
@@ -319,7 +363,11 @@ impl Device {
 const QUEUE_NAMES: [&str; 2] = ["receive", "transmit"];
 
 /// Take packets from the guest. True if some were left on the ring.
-fn drain_tx(muxer: &mut Muxer, memory: &GuestMemoryMmap, tx: &mut Vring) -> Result<bool, QueueError> {
+fn drain_tx(
+    muxer: &mut Muxer,
+    memory: &GuestMemoryMmap,
+    tx: &mut Vring,
+) -> Result<bool, QueueError> {
     let mut budget = PACKETS_PER_RUN;
     tx.disable_kicks(memory)?;
     let has_more = loop {
@@ -356,7 +404,11 @@ fn drain_tx(muxer: &mut Muxer, memory: &GuestMemoryMmap, tx: &mut Vring) -> Resu
 }
 
 /// Give the guest what waits. True if there is more and room for it.
-fn fill_rx(muxer: &mut Muxer, memory: &GuestMemoryMmap, rx: &mut Vring) -> Result<bool, QueueError> {
+fn fill_rx(
+    muxer: &mut Muxer,
+    memory: &GuestMemoryMmap,
+    rx: &mut Vring,
+) -> Result<bool, QueueError> {
     let mut ring = RxRing::new(rx, memory, PACKETS_PER_RUN);
     muxer.transmit(&mut ring)?;
     let is_exhausted = ring.is_exhausted();
@@ -385,7 +437,10 @@ fn watch(
 }
 
 fn system(operation: &'static str, errno: Errno) -> DeviceError {
-    DeviceError::System { operation, source: errno.into() }
+    DeviceError::System {
+        operation,
+        source: errno.into(),
+    }
 }
 
 #[cfg(test)]

@@ -29,7 +29,10 @@ const MAX_READ_BATCH: usize = 32;
 
 /// A host socket and everything about its connection.
 #[derive(Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "readiness facts, each independent of the others")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "readiness facts, each independent of the others"
+)]
 pub struct Endpoint {
     socket: UnixStream,
     /// A read may give something.
@@ -94,7 +97,9 @@ impl Endpoint {
             Err(errno) if errno == rustix::io::Errno::AGAIN => return Ok(None),
             Err(errno) => return Err(HandshakeError::Socket(errno.into())),
         };
-        let Some((port, line_len)) = parse_connect(&line[..count])? else { return Ok(None) };
+        let Some((port, line_len)) = parse_connect(&line[..count])? else {
+            return Ok(None);
+        };
         // What was just peeked is there: one call takes it.
         rustix::net::recv(&self.socket, &mut line[..line_len], RecvFlags::empty())
             .map_err(|errno| HandshakeError::Socket(errno.into()))?;
@@ -108,7 +113,11 @@ impl Endpoint {
     pub fn write_accepted(&mut self, host_port: u32) -> io::Result<()> {
         let line = format!("OK {host_port}\n");
         let sent = rustix::net::send(&self.socket, line.as_bytes(), SendFlags::NOSIGNAL)?;
-        if sent == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+        if sent == line.len() {
+            Ok(())
+        } else {
+            Err(io::ErrorKind::WriteZero.into())
+        }
     }
 
     /// Deliver payload of the guest: gives the bytes the socket took at once; the rest is kept.
@@ -129,7 +138,9 @@ impl Endpoint {
             // The connection's credit bounds this: it admitted no more than BUFFER_SIZE bytes.
             let start = self.backlog.len();
             self.backlog.resize(start + rest, 0);
-            payload.range(sent, rest).copy_to(&mut self.backlog[start..]);
+            payload
+                .range(sent, rest)
+                .copy_to(&mut self.backlog[start..]);
         }
         Ok(sent)
     }
@@ -141,7 +152,11 @@ impl Endpoint {
     pub fn flush(&mut self) -> io::Result<usize> {
         self.is_writable = true;
         let mut flushed = 0;
-        while let Some(rest) = self.backlog.get(self.backlog_start..).filter(|b| !b.is_empty()) {
+        while let Some(rest) = self
+            .backlog
+            .get(self.backlog_start..)
+            .filter(|b| !b.is_empty())
+        {
             match rustix::net::send(&self.socket, rest, SendFlags::NOSIGNAL) {
                 Ok(count) => {
                     flushed += count;

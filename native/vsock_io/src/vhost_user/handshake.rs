@@ -34,7 +34,11 @@ pub enum HandshakeError {
 pub fn parse_connect(bytes: &[u8]) -> Result<Option<(u32, usize)>, HandshakeError> {
     let window = &bytes[..bytes.len().min(MAX_LINE_SIZE)];
     let Some(end) = window.iter().position(|byte| *byte == b'\n') else {
-        return if window.len() == MAX_LINE_SIZE { Err(HandshakeError::TooLong) } else { Ok(None) };
+        return if window.len() == MAX_LINE_SIZE {
+            Err(HandshakeError::TooLong)
+        } else {
+            Ok(None)
+        };
     };
     let line = std::str::from_utf8(&window[..end]).map_err(|_| HandshakeError::Malformed)?;
     let mut words = line.split_ascii_whitespace();
@@ -57,8 +61,14 @@ mod tests {
     #[test]
     fn the_word_is_case_insensitive_and_the_rest_is_stream_data() {
         assert_eq!(parse_connect(b"CONNECT 1024\n").unwrap(), Some((1024, 13)));
-        assert_eq!(parse_connect(b"connect 1024\nCONNECT").unwrap(), Some((1024, 13)));
-        assert_eq!(parse_connect(b"CoNnEcT 4294967295\n").unwrap(), Some((u32::MAX, 19)));
+        assert_eq!(
+            parse_connect(b"connect 1024\nCONNECT").unwrap(),
+            Some((1024, 13))
+        );
+        assert_eq!(
+            parse_connect(b"CoNnEcT 4294967295\n").unwrap(),
+            Some((u32::MAX, 19))
+        );
     }
 
     #[test]
@@ -71,13 +81,28 @@ mod tests {
     #[test]
     fn anything_else_is_refused() {
         for line in [
-            &b"CONNECT\n"[..], b"CONNECT \n", b"\n", b"CONNECT 4294967296\n", b"CONNECT -1\n", b"CONNECT +1\n",
-            b"CONNECT 0x10\n", b"CONNECT 1 2\n", b"LISTEN 1\n", b"CONNECT \xff\n", b"CONNECT1\n",
+            &b"CONNECT\n"[..],
+            b"CONNECT \n",
+            b"\n",
+            b"CONNECT 4294967296\n",
+            b"CONNECT -1\n",
+            b"CONNECT +1\n",
+            b"CONNECT 0x10\n",
+            b"CONNECT 1 2\n",
+            b"LISTEN 1\n",
+            b"CONNECT \xff\n",
+            b"CONNECT1\n",
         ] {
             assert!(parse_connect(line).is_err(), "{line:?}");
         }
-        assert!(matches!(parse_connect(&[b'C'; 32]), Err(HandshakeError::TooLong)));
-        assert!(matches!(parse_connect(b"CONNECT 000000000000000000000001\n"), Err(HandshakeError::TooLong)));
+        assert!(matches!(
+            parse_connect(&[b'C'; 32]),
+            Err(HandshakeError::TooLong)
+        ));
+        assert!(matches!(
+            parse_connect(b"CONNECT 000000000000000000000001\n"),
+            Err(HandshakeError::TooLong)
+        ));
     }
 
     proptest! {

@@ -73,12 +73,20 @@ impl VhostUserVsock {
         let source = Arc::new(OnceLock::new());
         let slot = Arc::clone(&source);
         reactor.post(move |registry| {
-            let id = registry.add(DeviceSource { device, closed_token, is_reported: false });
+            let id = registry.add(DeviceSource {
+                device,
+                closed_token,
+                is_reported: false,
+            });
             // Set once, here.
             let _result = slot.set(id);
         })?;
         let paths = [socket_path.to_owned(), hybrid_path.to_owned()];
-        Ok(Self { reactor: reactor.clone(), source, paths })
+        Ok(Self {
+            reactor: reactor.clone(),
+            source,
+            paths,
+        })
     }
 
     /// Stop serving: connections end, both paths are gone when this returns. Idempotent.
@@ -90,7 +98,9 @@ impl VhostUserVsock {
         let source = Arc::clone(&self.source);
         // A closed thread has stopped the device already.
         let _result = self.reactor.post(move |registry| {
-            let Some(id) = source.get().copied() else { return };
+            let Some(id) = source.get().copied() else {
+                return;
+            };
             registry.with(id, |source: &mut DeviceSource, context| {
                 source.report(context, Code::CANCELLED, "the device was closed".to_owned());
                 context.remove();
@@ -113,14 +123,23 @@ impl DeviceSource {
     fn report(&mut self, context: &Context<'_>, code: Code, message: String) {
         if !std::mem::replace(&mut self.is_reported, true) {
             let token = self.closed_token;
-            context.sink().complete(Completion { token, code, value: Value::None, message });
+            context.sink().complete(Completion {
+                token,
+                code,
+                value: Value::None,
+                message,
+            });
         }
     }
 
     fn run(&mut self, context: &mut Context<'_>) {
         match self.device.run() {
             Ok(turn) => {
-                let next = if turn.has_more { Some(Instant::now()) } else { turn.deadline };
+                let next = if turn.has_more {
+                    Some(Instant::now())
+                } else {
+                    turn.deadline
+                };
                 match next {
                     Some(deadline) => context.set_timer(DEVICE_KEY, deadline),
                     None => context.cancel_timer(DEVICE_KEY),
@@ -144,7 +163,11 @@ impl DeviceSource {
 impl Source for DeviceSource {
     fn started(&mut self, context: &mut Context<'_>) {
         if let Err(error) = context.watch(DEVICE_KEY, self.device.epoll(), Interest::READ) {
-            self.report(context, Code::INTERNAL, format!("watch the device: {error}"));
+            self.report(
+                context,
+                Code::INTERNAL,
+                format!("watch the device: {error}"),
+            );
             context.remove();
         }
     }
@@ -160,10 +183,18 @@ impl Source for DeviceSource {
     fn stopped(&mut self, reason: &StopReason, context: &mut Context<'_>) {
         match reason {
             StopReason::Closed => {
-                self.report(context, Code::CANCELLED, "the I/O thread was closed".to_owned());
+                self.report(
+                    context,
+                    Code::CANCELLED,
+                    "the I/O thread was closed".to_owned(),
+                );
             }
             StopReason::Panicked(text) => {
-                self.report(context, Code::INTERNAL, format!("the device panicked: {text}"));
+                self.report(
+                    context,
+                    Code::INTERNAL,
+                    format!("the device panicked: {text}"),
+                );
             }
         }
     }

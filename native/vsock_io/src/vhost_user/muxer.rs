@@ -139,7 +139,9 @@ impl Muxer {
     /// The guest is gone or started anew: every connection ends.
     pub fn reset(&mut self) {
         for index in 0..self.slots.len() {
-            let Some(endpoint) = &mut self.slots[index].endpoint else { continue };
+            let Some(endpoint) = &mut self.slots[index].endpoint else {
+                continue;
+            };
             endpoint.is_queued = false;
             // What the guest sent before is still the host's.
             if endpoint.has_backlog() {
@@ -168,9 +170,17 @@ impl Muxer {
             | epoll::EventFlags::OUT
             | epoll::EventFlags::RDHUP
             | epoll::EventFlags::ET;
-        epoll::add(&self.epoll, endpoint.socket(), epoll::EventData::new_u64(token), flags)?;
+        epoll::add(
+            &self.epoll,
+            endpoint.socket(),
+            epoll::EventData::new_u64(token),
+            flags,
+        )?;
         if self.free.pop().is_none() {
-            self.slots.push(Slot { generation, endpoint: None });
+            self.slots.push(Slot {
+                generation,
+                endpoint: None,
+            });
         }
         self.slots[index].endpoint = Some(Box::new(endpoint));
         Ok(token)
@@ -178,7 +188,10 @@ impl Muxer {
 
     fn index_of(&self, token: Token) -> Option<usize> {
         // Truncation is the point: the low half is the slot.
-        #[expect(clippy::cast_possible_truncation, reason = "the low half of a token is the slot")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "the low half of a token is the slot"
+        )]
         let index = token as u32 as usize;
         let slot = self.slots.get(index)?;
         (u64::from(slot.generation) == token >> 32 && slot.endpoint.is_some()).then_some(index)
@@ -191,8 +204,12 @@ impl Muxer {
 
     /// Close a slot's socket (which also ends its registration) and free the slot.
     fn release(&mut self, index: usize) {
-        let Some(slot) = self.slots.get_mut(index) else { return };
-        let Some(endpoint) = slot.endpoint.take() else { return };
+        let Some(slot) = self.slots.get_mut(index) else {
+            return;
+        };
+        let Some(endpoint) = slot.endpoint.take() else {
+            return;
+        };
         slot.generation = slot.generation.wrapping_add(1).max(1);
         self.free.push(index);
         if let Role::Stream(ports, _) = endpoint.role {
@@ -208,7 +225,9 @@ impl Muxer {
 
     /// The guest's side of a stream is over: what it sent is still delivered to the host.
     fn drain_and_close(&mut self, token: Token) {
-        let Some(endpoint) = self.endpoint(token) else { return };
+        let Some(endpoint) = self.endpoint(token) else {
+            return;
+        };
         if !endpoint.has_backlog() {
             self.close(token);
             return;
@@ -228,13 +247,16 @@ impl Muxer {
     }
 
     fn wait_for(&mut self, token: Token, wait: Wait) {
-        self.deadlines.push_back((Instant::now() + REQUEST_TIMEOUT, token, wait));
+        self.deadlines
+            .push_back((Instant::now() + REQUEST_TIMEOUT, token, wait));
     }
 
     /// End a stream and tell the guest by a reset.
     fn abort(&mut self, token: Token) {
         let guest_cid = self.guest_cid;
-        let Some(endpoint) = self.endpoint(token) else { return };
+        let Some(endpoint) = self.endpoint(token) else {
+            return;
+        };
         if let Role::Stream(ports, connection) = &endpoint.role {
             let reset = outgoing(guest_cid, *ports, connection, Operation::Reset);
             self.resets.push_back(reset);
@@ -259,7 +281,9 @@ impl Muxer {
 
     /// Epoll reported `flags` for `token`. `is_guest_ready`: packets can be exchanged.
     pub fn on_socket(&mut self, token: Token, flags: epoll::EventFlags, is_guest_ready: bool) {
-        let Some(endpoint) = self.endpoint(token) else { return };
+        let Some(endpoint) = self.endpoint(token) else {
+            return;
+        };
         let is_broken = flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR);
         endpoint.is_hung_up |= is_broken;
         if is_broken || flags.intersects(epoll::EventFlags::IN | epoll::EventFlags::RDHUP) {
@@ -277,7 +301,9 @@ impl Muxer {
     }
 
     fn on_handshake(&mut self, token: Token, is_guest_ready: bool) {
-        let Some(endpoint) = self.endpoint(token) else { return };
+        let Some(endpoint) = self.endpoint(token) else {
+            return;
+        };
         match endpoint.read_handshake() {
             Ok(None) => {}
             Ok(Some(guest_port)) if is_guest_ready => self.request(token, guest_port),
@@ -293,7 +319,9 @@ impl Muxer {
         }
         self.next_host_port = next_port(host);
         let ports = PortPair { host, guest };
-        let Some(endpoint) = self.endpoint(token) else { return };
+        let Some(endpoint) = self.endpoint(token) else {
+            return;
+        };
         endpoint.role = Role::Stream(ports, Connection::requested());
         self.by_ports.insert(ports, token);
         self.wait_for(token, Wait::Response);
@@ -301,11 +329,15 @@ impl Muxer {
     }
 
     fn on_stream(&mut self, token: Token, flags: epoll::EventFlags) {
-        let Some(endpoint) = self.endpoint(token) else { return };
+        let Some(endpoint) = self.endpoint(token) else {
+            return;
+        };
         if flags.contains(epoll::EventFlags::OUT) && endpoint.has_backlog() {
             let flushed = endpoint.flush();
             let is_empty = !endpoint.has_backlog();
-            let Role::Stream(_, connection) = &mut endpoint.role else { return };
+            let Role::Stream(_, connection) = &mut endpoint.role else {
+                return;
+            };
             match flushed {
                 // The counter type holds: a backlog is at most BUFFER_SIZE.
                 Ok(count) => connection.on_forwarded(u32::try_from(count).unwrap_or(BUFFER_SIZE)),
@@ -315,9 +347,13 @@ impl Muxer {
                 endpoint.shut_write();
             }
         }
-        let Some(endpoint) = self.endpoint(token) else { return };
+        let Some(endpoint) = self.endpoint(token) else {
+            return;
+        };
         let is_hung_up = endpoint.is_hung_up;
-        let Role::Stream(_, connection) = &mut endpoint.role else { return };
+        let Role::Stream(_, connection) = &mut endpoint.role else {
+            return;
+        };
         if is_hung_up && connection.phase() == Phase::Established && !connection.wants_host_data() {
             // Nothing is left to read, so the hang-up is news for the guest now.
             connection.on_host_closed(true);
@@ -327,15 +363,20 @@ impl Muxer {
 
     /// A stream's state changed: queue it, or start waiting, as that needs.
     fn after_change(&mut self, token: Token) {
-        let Some(endpoint) = self.endpoint(token) else { return };
+        let Some(endpoint) = self.endpoint(token) else {
+            return;
+        };
         let (is_readable, is_hung_up) = (endpoint.is_readable, endpoint.is_hung_up);
-        let Role::Stream(_, connection) = &mut endpoint.role else { return };
+        let Role::Stream(_, connection) = &mut endpoint.role else {
+            return;
+        };
         let has_data = is_readable && connection.wants_host_data();
         if has_data && connection.data_allowance() == 0 {
             connection.on_blocked_by_credit();
         }
         let is_abandoned = connection.phase() == Phase::Requested && is_hung_up;
-        let is_due = connection.next_control_packet().is_some() || has_data && connection.data_allowance() > 0;
+        let is_due = connection.next_control_packet().is_some()
+            || has_data && connection.data_allowance() > 0;
         let has_to_confirm = connection.take_closing_start();
         if is_abandoned {
             // The host gave up before the guest answered.
@@ -356,7 +397,9 @@ impl Muxer {
             && deadline <= now
         {
             self.deadlines.pop_front();
-            let Some(endpoint) = self.endpoint(token) else { continue };
+            let Some(endpoint) = self.endpoint(token) else {
+                continue;
+            };
             let is_still_waiting = match (&endpoint.role, wait) {
                 (Role::Handshake, Wait::Handshake) => true,
                 (Role::Stream(_, connection), Wait::Response) => {
@@ -369,7 +412,11 @@ impl Muxer {
             };
             if is_still_waiting {
                 self.counters.timeouts += 1;
-                if wait == Wait::Handshake { self.close(token) } else { self.abort(token) }
+                if wait == Wait::Handshake {
+                    self.close(token)
+                } else {
+                    self.abort(token)
+                }
             }
         }
     }
@@ -382,7 +429,10 @@ impl Muxer {
             Ok(operation) if header.len as usize <= payload.len() => operation,
             _ => return self.refuse(header),
         };
-        let ports = PortPair { host: header.dst_port, guest: header.src_port };
+        let ports = PortPair {
+            host: header.dst_port,
+            guest: header.src_port,
+        };
         let Some(token) = self.by_ports.get(&ports).copied() else {
             match operation {
                 Operation::Request => self.dial(ports, header),
@@ -391,8 +441,12 @@ impl Muxer {
             }
             return;
         };
-        let Some(endpoint) = self.endpoint(token) else { return };
-        let Role::Stream(_, connection) = &mut endpoint.role else { return };
+        let Some(endpoint) = self.endpoint(token) else {
+            return;
+        };
+        let Role::Stream(_, connection) = &mut endpoint.role else {
+            return;
+        };
         match connection.on_packet(operation, header) {
             Ok(action) => self.act(token, action, payload),
             Err(_broken_rule) => {
@@ -413,7 +467,10 @@ impl Muxer {
             // No reset would find its way to a sender that lies about its address.
             return;
         }
-        let ports = PortPair { host: header.dst_port, guest: header.src_port };
+        let ports = PortPair {
+            host: header.dst_port,
+            guest: header.src_port,
+        };
         if header.socket_type == TYPE_STREAM
             && let Some(token) = self.by_ports.get(&ports).copied()
         {
@@ -439,9 +496,13 @@ impl Muxer {
     }
 
     fn act(&mut self, token: Token, action: Action, payload: &GuestBuffers<'_>) {
-        let Some(endpoint) = self.endpoint(token) else { return };
+        let Some(endpoint) = self.endpoint(token) else {
+            return;
+        };
         let has_backlog = endpoint.has_backlog();
-        let Role::Stream(ports, connection) = &mut endpoint.role else { return };
+        let Role::Stream(ports, connection) = &mut endpoint.role else {
+            return;
+        };
         match action {
             Action::None => {}
             Action::Accepted => {
@@ -452,8 +513,10 @@ impl Muxer {
             }
             Action::Deliver(len) => self.deliver(token, len, payload),
             Action::HalfClosed => {
-                let (is_silent, is_deaf) =
-                    (connection.guest_sends_no_more(), connection.guest_receives_no_more());
+                let (is_silent, is_deaf) = (
+                    connection.guest_sends_no_more(),
+                    connection.guest_receives_no_more(),
+                );
                 if is_silent && !has_backlog {
                     endpoint.shut_write();
                 }
@@ -468,13 +531,17 @@ impl Muxer {
     }
 
     fn deliver(&mut self, token: Token, len: u32, payload: &GuestBuffers<'_>) {
-        let Some(endpoint) = self.endpoint(token) else { return };
+        let Some(endpoint) = self.endpoint(token) else {
+            return;
+        };
         let delivered = if payload.len() == len as usize {
             endpoint.deliver(payload)
         } else {
             endpoint.deliver(&payload.range(0, len as usize))
         };
-        let Role::Stream(_, connection) = &mut endpoint.role else { return };
+        let Role::Stream(_, connection) = &mut endpoint.role else {
+            return;
+        };
         match delivered {
             // At most `len`, which is a u32.
             Ok(count) => connection.on_forwarded(u32::try_from(count).unwrap_or(len)),
@@ -497,8 +564,12 @@ impl Muxer {
                 }
                 continue;
             }
-            let Some(token) = self.queued.pop_front() else { break };
-            let Some(endpoint) = self.endpoint(token) else { continue };
+            let Some(token) = self.queued.pop_front() else {
+                break;
+            };
+            let Some(endpoint) = self.endpoint(token) else {
+                continue;
+            };
             endpoint.is_queued = false;
             self.transmit_one(token, ring)?;
             self.after_change(token);
@@ -508,12 +579,19 @@ impl Muxer {
 
     fn transmit_one(&mut self, token: Token, ring: &mut RxRing<'_, '_>) -> Result<(), QueueError> {
         let guest_cid = self.guest_cid;
-        let Some(endpoint) = self.endpoint(token) else { return Ok(()) };
-        let Role::Stream(ports, connection) = &mut endpoint.role else { return Ok(()) };
+        let Some(endpoint) = self.endpoint(token) else {
+            return Ok(());
+        };
+        let Role::Stream(ports, connection) = &mut endpoint.role else {
+            return Ok(());
+        };
         let ports = *ports;
         if let Some(packet) = connection.next_control_packet() {
             let header = outgoing(guest_cid, ports, connection, packet.operation);
-            if ring.put(&PacketHeader { flags: packet.flags, ..header })? {
+            if ring.put(&PacketHeader {
+                flags: packet.flags,
+                ..header
+            })? {
                 connection.on_control_sent(packet);
             }
             return Ok(());
@@ -529,7 +607,9 @@ impl Muxer {
         }
         let result = endpoint.read_into(&reservation.payload);
         let is_gone = endpoint.is_hung_up;
-        let Role::Stream(_, connection) = &mut endpoint.role else { return Ok(()) };
+        let Role::Stream(_, connection) = &mut endpoint.role else {
+            return Ok(());
+        };
         let filled = match result {
             Ok(0) => {
                 connection.on_host_closed(is_gone);

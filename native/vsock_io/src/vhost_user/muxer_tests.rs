@@ -66,13 +66,28 @@ impl Guest {
         assert!(rx.start(&memory));
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap());
         let dialled = Dialled::default();
-        let muxer = Muxer::new(CID, Box::new(EvenDialer(Arc::clone(&dialled))), Arc::clone(&epoll));
-        let guest = Self { memory, rx, posted: 0, collected: 0, epoll, muxer, dialled };
+        let muxer = Muxer::new(
+            CID,
+            Box::new(EvenDialer(Arc::clone(&dialled))),
+            Arc::clone(&epoll),
+        );
+        let guest = Self {
+            memory,
+            rx,
+            posted: 0,
+            collected: 0,
+            epoll,
+            muxer,
+            dialled,
+        };
         for index in 0..QUEUE_SIZE {
             let address = BUFFERS + u64::from(index) * 0x2000;
             let flags = u16::try_from(VRING_DESC_F_WRITE).unwrap();
             let made = RawDescriptor::from(Descriptor::new(address, BUFFER_LEN, flags, 0));
-            guest.memory.write_obj(made, GuestAddress(TABLE + u64::from(index) * 16)).unwrap();
+            guest
+                .memory
+                .write_obj(made, GuestAddress(TABLE + u64::from(index) * 16))
+                .unwrap();
         }
         guest
     }
@@ -81,9 +96,13 @@ impl Guest {
     fn post(&mut self, count: u16) {
         for _ in 0..count {
             let slot = self.posted % QUEUE_SIZE;
-            self.memory.write_obj(slot, GuestAddress(AVAILABLE + 4 + 2 * u64::from(slot))).unwrap();
+            self.memory
+                .write_obj(slot, GuestAddress(AVAILABLE + 4 + 2 * u64::from(slot)))
+                .unwrap();
             self.posted = self.posted.wrapping_add(1);
-            self.memory.write_obj(self.posted, GuestAddress(AVAILABLE + 2)).unwrap();
+            self.memory
+                .write_obj(self.posted, GuestAddress(AVAILABLE + 2))
+                .unwrap();
         }
     }
 
@@ -94,12 +113,22 @@ impl Guest {
     /// Let the muxer work, with the buffers posted so far; gives what it put there.
     fn turn(&mut self) -> Vec<(PacketHeader, Vec<u8>)> {
         let mut events = Vec::with_capacity(2048);
-        let no_wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&no_wait)).unwrap();
+        let no_wait = rustix::event::Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        epoll::wait(
+            &self.epoll,
+            rustix::buffer::spare_capacity(&mut events),
+            Some(&no_wait),
+        )
+        .unwrap();
         for event in events {
             self.muxer.on_socket(event.data.u64(), event.flags, true);
         }
-        self.muxer.transmit(&mut RxRing::new(&mut self.rx, &self.memory, 1000)).unwrap();
+        self.muxer
+            .transmit(&mut RxRing::new(&mut self.rx, &self.memory, 1000))
+            .unwrap();
         let used: u16 = self.memory.read_obj(GuestAddress(USED + 2)).unwrap();
         let mut packets = Vec::new();
         while self.collected != used {
@@ -108,9 +137,14 @@ impl Guest {
             let len: u32 = self.memory.read_obj(GuestAddress(at + 4)).unwrap();
             let mut bytes = vec![0; len as usize];
             let address = BUFFERS + u64::from(head) * 0x2000;
-            self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+            self.memory
+                .read_slice(&mut bytes, GuestAddress(address))
+                .unwrap();
             let header = PacketHeader::parse_prefix(&bytes).unwrap();
-            assert_eq!((header.src_cid, header.len as usize), (HOST_CID, bytes.len() - 44));
+            assert_eq!(
+                (header.src_cid, header.len as usize),
+                (HOST_CID, bytes.len() - 44)
+            );
             packets.push((header, bytes.split_off(44)));
             self.collected = self.collected.wrapping_add(1);
         }
@@ -131,17 +165,25 @@ impl Guest {
     }
 
     fn send_raw(&mut self, header: &PacketHeader, payload: &[u8]) {
-        self.memory.write_slice(payload, GuestAddress(PAYLOAD)).unwrap();
+        self.memory
+            .write_slice(payload, GuestAddress(PAYLOAD))
+            .unwrap();
         let len = u32::try_from(payload.len()).unwrap();
         let chain = [Descriptor::new(PAYLOAD, len, 0, 0)];
         let mut buffers = GuestBuffers::default();
-        buffers.gather(&self.memory, chain.into_iter(), Direction::FromGuest, 8).unwrap();
+        buffers
+            .gather(&self.memory, chain.into_iter(), Direction::FromGuest, 8)
+            .unwrap();
         self.muxer.receive(header, &buffers);
     }
 
     fn send(&mut self, ports: PortPair, operation: Operation, flags: u32, payload: &[u8]) {
         let len = u32::try_from(payload.len()).unwrap();
-        let header = PacketHeader { len, flags, ..packet(ports, operation) };
+        let header = PacketHeader {
+            len,
+            flags,
+            ..packet(ports, operation)
+        };
         self.send_raw(&header, payload);
     }
 
@@ -158,9 +200,20 @@ impl Guest {
         self.muxer.accept(ours);
         theirs.write_all(b"CONNECT 1024\n").unwrap();
         let packets = self.receive();
-        let [(header, _)] = packets.as_slice() else { panic!("{packets:?}") };
-        assert_eq!((header.op, header.dst_port, header.dst_cid), (Operation::Request as u16, 1024, CID));
-        (PortPair { host: header.src_port, guest: 1024 }, theirs)
+        let [(header, _)] = packets.as_slice() else {
+            panic!("{packets:?}")
+        };
+        assert_eq!(
+            (header.op, header.dst_port, header.dst_cid),
+            (Operation::Request as u16, 1024, CID)
+        );
+        (
+            PortPair {
+                host: header.src_port,
+                guest: 1024,
+            },
+            theirs,
+        )
     }
 }
 
@@ -194,10 +247,16 @@ fn is_at_end(mut socket: &UnixStream) -> bool {
 }
 
 fn operations(packets: &[(PacketHeader, Vec<u8>)]) -> Vec<Operation> {
-    packets.iter().map(|(header, _)| Operation::try_from(header.op).unwrap()).collect()
+    packets
+        .iter()
+        .map(|(header, _)| Operation::try_from(header.op).unwrap())
+        .collect()
 }
 
-const PORTS: PortPair = PortPair { host: 2000, guest: 50 };
+const PORTS: PortPair = PortPair {
+    host: 2000,
+    guest: 50,
+};
 
 #[test]
 fn data_flows_both_ways_after_the_handshake() {
@@ -277,9 +336,20 @@ fn a_host_that_gives_up_before_the_answer_resets_the_request() {
 fn the_guest_reaches_listeners_and_is_refused_elsewhere() {
     let mut guest = Guest::new();
     guest.send(PORTS, Operation::Request, 0, b"");
-    guest.send(PortPair { host: 2001, guest: 50 }, Operation::Request, 0, b"");
+    guest.send(
+        PortPair {
+            host: 2001,
+            guest: 50,
+        },
+        Operation::Request,
+        0,
+        b"",
+    );
     let answers = guest.receive();
-    assert_eq!(operations(&answers), [Operation::Reset, Operation::Response]);
+    assert_eq!(
+        operations(&answers),
+        [Operation::Reset, Operation::Response]
+    );
     assert_eq!((answers[0].0.src_port, answers[1].0.src_port), (2001, 2000));
     guest.send(PORTS, Operation::ReadWrite, 0, b"hello");
     let host = guest.dialled.lock().unwrap().pop().unwrap();
@@ -289,7 +359,12 @@ fn the_guest_reaches_listeners_and_is_refused_elsewhere() {
 #[test]
 fn packets_of_no_connection_are_reset_but_resets_are_not() {
     let mut guest = Guest::new();
-    for operation in [Operation::Response, Operation::Shutdown, Operation::ReadWrite, Operation::CreditUpdate] {
+    for operation in [
+        Operation::Response,
+        Operation::Shutdown,
+        Operation::ReadWrite,
+        Operation::CreditUpdate,
+    ] {
         guest.send(PORTS, operation, 0, b"");
         assert_eq!(operations(&guest.receive()), [Operation::Reset]);
     }
@@ -301,7 +376,13 @@ fn packets_of_no_connection_are_reset_but_resets_are_not() {
 fn malformed_headers_are_reset_and_foreign_ones_ignored() {
     let mut guest = Guest::new();
     let good = packet(PORTS, Operation::Request);
-    guest.send_raw(&PacketHeader { socket_type: 2, ..good }, b"");
+    guest.send_raw(
+        &PacketHeader {
+            socket_type: 2,
+            ..good
+        },
+        b"",
+    );
     let answers = guest.receive();
     assert_eq!((answers[0].0.op, answers[0].0.socket_type), (3, 2));
     guest.send_raw(&PacketHeader { op: 99, ..good }, b"");
@@ -316,7 +397,10 @@ fn malformed_headers_are_reset_and_foreign_ones_ignored() {
 fn a_payload_shorter_than_claimed_costs_the_connection() {
     let mut guest = Guest::new();
     let (ports, host) = guest.established();
-    let header = PacketHeader { len: 10, ..packet(ports, Operation::ReadWrite) };
+    let header = PacketHeader {
+        len: 10,
+        ..packet(ports, Operation::ReadWrite)
+    };
     guest.send_raw(&header, b"short");
     assert_eq!(operations(&guest.receive()), [Operation::Reset]);
     assert!(is_at_end(&host));
@@ -331,7 +415,9 @@ fn fill(guest: &mut Guest, ports: PortPair) -> usize {
         if room == 0 {
             return sent;
         }
-        let chunk: Vec<u8> = (sent..sent + room.min(10_000)).map(|i| (i % 251) as u8).collect();
+        let chunk: Vec<u8> = (sent..sent + room.min(10_000))
+            .map(|i| (i % 251) as u8)
+            .collect();
         guest.send(ports, Operation::ReadWrite, 0, &chunk);
         sent += chunk.len();
         if let Some((header, _)) = guest.receive().last() {
@@ -351,7 +437,12 @@ fn a_host_that_does_not_read_stops_the_guest_and_loses_nothing() {
         received.extend(read_now(&host));
         is_updated |= operations(&guest.receive()).contains(&Operation::CreditUpdate);
     }
-    assert!(received.iter().enumerate().all(|(i, byte)| *byte == (i % 251) as u8));
+    assert!(
+        received
+            .iter()
+            .enumerate()
+            .all(|(i, byte)| *byte == (i % 251) as u8)
+    );
     assert!(is_updated);
 }
 
@@ -376,16 +467,30 @@ fn a_guest_that_ignores_its_credit_is_reset_and_the_host_gets_the_rest() {
 fn the_guests_room_bounds_what_it_gets() {
     let mut guest = Guest::new();
     let (ports, mut host) = guest.requested();
-    let response = PacketHeader { buf_alloc: 5000, ..packet(ports, Operation::Response) };
+    let response = PacketHeader {
+        buf_alloc: 5000,
+        ..packet(ports, Operation::Response)
+    };
     guest.send_raw(&response, b"");
     host.write_all(&[7; 12_000]).unwrap();
     let packets = guest.receive();
     let got: usize = packets.iter().map(|(_, payload)| payload.len()).sum();
     assert_eq!(got, 5000);
-    assert_eq!(*operations(&packets).last().unwrap(), Operation::CreditRequest);
-    let update = PacketHeader { buf_alloc: 5000, fwd_cnt: 5000, ..packet(ports, Operation::CreditUpdate) };
+    assert_eq!(
+        *operations(&packets).last().unwrap(),
+        Operation::CreditRequest
+    );
+    let update = PacketHeader {
+        buf_alloc: 5000,
+        fwd_cnt: 5000,
+        ..packet(ports, Operation::CreditUpdate)
+    };
     guest.send_raw(&update, b"");
-    let got: usize = guest.receive().iter().map(|(_, payload)| payload.len()).sum();
+    let got: usize = guest
+        .receive()
+        .iter()
+        .map(|(_, payload)| payload.len())
+        .sum();
     assert_eq!(got, 5000);
 }
 
@@ -403,7 +508,10 @@ fn without_guest_buffers_nothing_is_lost() {
     }
     host.write_all(b"later").unwrap();
     assert!(guest.turn().is_empty());
-    assert_eq!(got.iter().map(|(_, payload)| payload.len()).sum::<usize>(), sent);
+    assert_eq!(
+        got.iter().map(|(_, payload)| payload.len()).sum::<usize>(),
+        sent
+    );
     guest.post(1);
     assert_eq!(guest.turn()[0].1, b"later");
 }
@@ -447,7 +555,10 @@ fn a_guest_that_hears_no_more_fails_the_hosts_writes() {
     let mut guest = Guest::new();
     let (ports, mut host) = guest.established();
     guest.send(ports, Operation::Shutdown, SHUTDOWN_RECEIVE, b"");
-    assert_eq!(host.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    assert_eq!(
+        host.write(b"x").unwrap_err().kind(),
+        io::ErrorKind::BrokenPipe
+    );
     guest.send(ports, Operation::ReadWrite, 0, b"still talking");
     assert_eq!(read_now(&host), b"still talking");
 }
@@ -460,7 +571,10 @@ fn a_host_that_is_gone_is_confirmed_or_times_out() {
         host.write_all(b"bye").unwrap();
         drop(host);
         let packets = guest.receive();
-        assert_eq!(operations(&packets), [Operation::ReadWrite, Operation::Shutdown]);
+        assert_eq!(
+            operations(&packets),
+            [Operation::ReadWrite, Operation::Shutdown]
+        );
         assert_eq!(packets[1].0.flags, SHUTDOWN_BOTH);
         if is_confirmed {
             guest.send(ports, Operation::Reset, 0, b"");
@@ -475,7 +589,10 @@ fn a_host_that_is_gone_is_confirmed_or_times_out() {
 #[test]
 fn too_many_connections_are_refused_and_room_comes_back() {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let raised = rustix::process::Rlimit { current: limit.maximum, ..limit };
+    let raised = rustix::process::Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
     let mut guest = Guest::new();
     let mut hosts = Vec::new();
@@ -542,7 +659,16 @@ fn busy_streams_take_turns() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Packet { op: u16, host: u32, guest: u32, flags: u32, len: usize, claimed: i32, fwd_cnt: u32, kind: u16 },
+    Packet {
+        op: u16,
+        host: u32,
+        guest: u32,
+        flags: u32,
+        len: usize,
+        claimed: i32,
+        fwd_cnt: u32,
+        kind: u16,
+    },
     HostConnects,
     HostWrites(usize, usize),
     HostReads(usize),
@@ -552,7 +678,16 @@ enum Step {
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
-    let packet = (0u16..9, 0u32..6, 0u32..3, 0u32..5, 0usize..70_000, -3i32..4, prop_oneof![3 => Just(0u32), 1 => any::<u32>()], 0u16..8);
+    let packet = (
+        0u16..9,
+        0u32..6,
+        0u32..3,
+        0u32..5,
+        0usize..70_000,
+        -3i32..4,
+        prop_oneof![3 => Just(0u32), 1 => any::<u32>()],
+        0u16..8,
+    );
     prop_oneof![
         8 => packet.prop_map(|(op, host, guest, flags, len, claimed, fwd_cnt, kind)| {
             let (len, claimed) = if op == 5 { (len, claimed / 3) } else { (0, claimed / 3) };

@@ -284,9 +284,20 @@ mod tests {
 
     #[test]
     fn a_reset_goes_back_where_the_packet_came_from() {
-        let header = PacketHeader { src_cid: 3, dst_cid: 2, src_port: 7, dst_port: 9, socket_type: 2, op: 1, ..Default::default() };
+        let header = PacketHeader {
+            src_cid: 3,
+            dst_cid: 2,
+            src_port: 7,
+            dst_port: 9,
+            socket_type: 2,
+            op: 1,
+            ..Default::default()
+        };
         let reply = header.reset_reply();
-        assert_eq!((reply.src_cid, reply.dst_cid, reply.src_port, reply.dst_port), (2, 3, 9, 7));
+        assert_eq!(
+            (reply.src_cid, reply.dst_cid, reply.src_port, reply.dst_port),
+            (2, 3, 9, 7)
+        );
         assert_eq!((reply.socket_type, reply.op), (2, 3));
     }
 }

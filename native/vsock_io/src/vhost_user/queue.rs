@@ -65,7 +65,13 @@ impl Vring {
     /// Never for the constant size used here.
     pub fn new() -> Result<Self, QueueError> {
         let queue = Queue::new(MAX_QUEUE_SIZE).map_err(QueueError::Setup)?;
-        Ok(Self { queue, kick: None, call: None, is_enabled: false, has_unannounced: false })
+        Ok(Self {
+            queue,
+            kick: None,
+            call: None,
+            is_enabled: false,
+            has_unannounced: false,
+        })
     }
 
     /// Set the number of entries.
@@ -80,7 +86,12 @@ impl Vring {
     ///
     /// # Errors
     /// An address is not aligned.
-    pub fn set_addresses(&mut self, table: u64, available: u64, used: u64) -> Result<(), QueueError> {
+    pub fn set_addresses(
+        &mut self,
+        table: u64,
+        available: u64,
+        used: u64,
+    ) -> Result<(), QueueError> {
         let set = |queue: &mut Queue| {
             queue.try_set_desc_table_address(GuestAddress(table))?;
             queue.try_set_avail_ring_address(GuestAddress(available))?;
@@ -155,16 +166,24 @@ impl Vring {
 
     /// Put back the last `count` chains taken, unused.
     pub fn unpop(&mut self, count: u16) {
-        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
+        self.queue
+            .set_next_avail(self.queue.next_avail().wrapping_sub(count));
     }
 
     /// Give a chain back to the driver with `len` bytes written.
     ///
     /// # Errors
     /// The head was no valid index.
-    pub fn complete(&mut self, memory: &GuestMemoryMmap, head: u16, len: u32) -> Result<(), QueueError> {
+    pub fn complete(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        head: u16,
+        len: u32,
+    ) -> Result<(), QueueError> {
         self.has_unannounced = true;
-        self.queue.add_used(memory, head, len).map_err(|source| QueueError::Used { head, source })
+        self.queue
+            .add_used(memory, head, len)
+            .map_err(|source| QueueError::Used { head, source })
     }
 
     /// Interrupt the driver, if chains were given back since the last time and it wants to know.
@@ -175,10 +194,18 @@ impl Vring {
         if !std::mem::take(&mut self.has_unannounced) {
             return Ok(());
         }
-        if !self.queue.needs_notification(memory).map_err(QueueError::Notification)? {
+        if !self
+            .queue
+            .needs_notification(memory)
+            .map_err(QueueError::Notification)?
+        {
             return Ok(());
         }
-        match self.call.as_mut().map(|call| call.write(&1u64.to_ne_bytes())) {
+        match self
+            .call
+            .as_mut()
+            .map(|call| call.write(&1u64.to_ne_bytes()))
+        {
             // A full counter is a pending interrupt already.
             Some(Err(error)) if error.kind() != std::io::ErrorKind::WouldBlock => {
                 Err(QueueError::Call(error))
@@ -192,7 +219,9 @@ impl Vring {
     /// # Errors
     /// The ring is unreachable.
     pub fn enable_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
-        self.queue.enable_notification(memory).map_err(QueueError::Notification)
+        self.queue
+            .enable_notification(memory)
+            .map_err(QueueError::Notification)
     }
 
     /// Ask for no kicks: we look anyway.
@@ -200,7 +229,9 @@ impl Vring {
     /// # Errors
     /// The ring is unreachable.
     pub fn disable_kicks(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
-        self.queue.disable_notification(memory).map_err(QueueError::Notification)
+        self.queue
+            .disable_notification(memory)
+            .map_err(QueueError::Notification)
     }
 
     /// Reset the doorbell after it rang.
@@ -247,7 +278,12 @@ pub struct RxRing<'v, 'm> {
 impl<'v, 'm> RxRing<'v, 'm> {
     /// For one turn of at most `budget` chains.
     pub fn new(vring: &'v mut Vring, memory: &'m GuestMemoryMmap, budget: usize) -> Self {
-        Self { vring, memory, budget, is_exhausted: false }
+        Self {
+            vring,
+            memory,
+            budget,
+            is_exhausted: false,
+        }
     }
 
     /// The driver has no more buffers.
@@ -279,7 +315,11 @@ impl<'v, 'm> RxRing<'v, 'm> {
             if gathered.is_ok() && buffers.len() >= HEADER_SIZE + min_room {
                 self.budget -= 1;
                 let room = buffers.len() - HEADER_SIZE;
-                return Ok(Some(ReservedChain { head, buffers, room }));
+                return Ok(Some(ReservedChain {
+                    head,
+                    buffers,
+                    room,
+                }));
             }
             if is_holding {
                 self.vring.unpop(1);
@@ -296,9 +336,12 @@ impl<'v, 'm> RxRing<'v, 'm> {
     /// # Errors
     /// The ring is broken.
     pub fn put(&mut self, header: &PacketHeader) -> Result<bool, QueueError> {
-        let Some(chain) = self.take(0, false)? else { return Ok(false) };
+        let Some(chain) = self.take(0, false)? else {
+            return Ok(false);
+        };
         chain.buffers.copy_from(&header.to_bytes());
-        self.vring.complete(self.memory, chain.head, HEADER_SIZE_U32)?;
+        self.vring
+            .complete(self.memory, chain.head, HEADER_SIZE_U32)?;
         Ok(true)
     }
 
@@ -307,13 +350,24 @@ impl<'v, 'm> RxRing<'v, 'm> {
     ///
     /// # Errors
     /// The ring is broken.
-    pub fn reserve(&mut self, wanted: usize, max_chains: usize) -> Result<Reservation<'m>, QueueError> {
+    pub fn reserve(
+        &mut self,
+        wanted: usize,
+        max_chains: usize,
+    ) -> Result<Reservation<'m>, QueueError> {
         let mut reservation = Reservation::default();
         while reservation.payload.len() < wanted && reservation.chains.len() < max_chains {
             let is_holding = !reservation.chains.is_empty();
-            let Some(chain) = self.take(1, is_holding)? else { break };
-            let room = chain.room.min(wanted - reservation.payload.len()).min(MAX_PAYLOAD);
-            reservation.payload.append(chain.buffers.range(HEADER_SIZE, room));
+            let Some(chain) = self.take(1, is_holding)? else {
+                break;
+            };
+            let room = chain
+                .room
+                .min(wanted - reservation.payload.len())
+                .min(MAX_PAYLOAD);
+            reservation
+                .payload
+                .append(chain.buffers.range(HEADER_SIZE, room));
             reservation.chains.push(ReservedChain { room, ..chain });
         }
         Ok(reservation)
@@ -344,7 +398,8 @@ impl<'v, 'm> RxRing<'v, 'm> {
             // `room` is at most MAX_PAYLOAD, so this never saturates.
             let len = u32::try_from(len).unwrap_or(u32::MAX);
             chain.buffers.copy_from(&header(len).to_bytes());
-            self.vring.complete(self.memory, chain.head, HEADER_SIZE_U32 + len)?;
+            self.vring
+                .complete(self.memory, chain.head, HEADER_SIZE_U32 + len)?;
         }
         Ok(())
     }

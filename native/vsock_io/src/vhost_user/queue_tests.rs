@@ -29,7 +29,9 @@ fn driver(memory: &GuestMemoryMmap) -> MockSplitQueue<'_, GuestMemoryMmap> {
 fn vring(memory: &GuestMemoryMmap, driver: &MockSplitQueue<'_, GuestMemoryMmap>) -> Vring {
     let mut vring = Vring::new().unwrap();
     vring.set_size(QUEUE_SIZE).unwrap();
-    vring.set_addresses(driver.desc_table_addr().0, driver.avail_addr().0, USED).unwrap();
+    vring
+        .set_addresses(driver.desc_table_addr().0, driver.avail_addr().0, USED)
+        .unwrap();
     vring.is_enabled = true;
     assert!(vring.start(memory));
     vring
@@ -55,7 +57,10 @@ fn used(memory: &GuestMemoryMmap) -> Vec<(u32, u32)> {
     (0..u64::from(count))
         .map(|index| {
             let at = USED + 4 + index * 8;
-            (memory.read_obj(GuestAddress(at)).unwrap(), memory.read_obj(GuestAddress(at + 4)).unwrap())
+            (
+                memory.read_obj(GuestAddress(at)).unwrap(),
+                memory.read_obj(GuestAddress(at + 4)).unwrap(),
+            )
         })
         .collect()
 }
@@ -65,14 +70,29 @@ fn a_packet_goes_into_a_chain_split_anywhere() {
     let memory = memory();
     let driver = driver(&memory);
     let mut vring = vring(&memory, &driver);
-    post(&driver, &[&[(DATA, 10), (DATA + 100, 20), (DATA + 200, 14)]], 0);
-    let header = PacketHeader { src_cid: 2, dst_port: 77, op: 3, ..Default::default() };
+    post(
+        &driver,
+        &[&[(DATA, 10), (DATA + 100, 20), (DATA + 200, 14)]],
+        0,
+    );
+    let header = PacketHeader {
+        src_cid: 2,
+        dst_port: 77,
+        op: 3,
+        ..Default::default()
+    };
     assert!(RxRing::new(&mut vring, &memory, 10).put(&header).unwrap());
     assert_eq!(used(&memory), [(0, 44)]);
     let mut bytes = [0; HEADER_SIZE];
-    memory.read_slice(&mut bytes[..10], GuestAddress(DATA)).unwrap();
-    memory.read_slice(&mut bytes[10..30], GuestAddress(DATA + 100)).unwrap();
-    memory.read_slice(&mut bytes[30..], GuestAddress(DATA + 200)).unwrap();
+    memory
+        .read_slice(&mut bytes[..10], GuestAddress(DATA))
+        .unwrap();
+    memory
+        .read_slice(&mut bytes[10..30], GuestAddress(DATA + 100))
+        .unwrap();
+    memory
+        .read_slice(&mut bytes[30..], GuestAddress(DATA + 200))
+        .unwrap();
     assert_eq!(PacketHeader::parse(&bytes), header);
 }
 
@@ -82,8 +102,16 @@ fn useless_chains_are_given_back_empty() {
     let driver = driver(&memory);
     let mut vring = vring(&memory, &driver);
     // Too short; outside of memory; good.
-    post(&driver, &[&[(DATA, 43)], &[(u64::MAX - 8, 100)], &[(DATA, 100)]], 0);
-    assert!(RxRing::new(&mut vring, &memory, 10).put(&PacketHeader::default()).unwrap());
+    post(
+        &driver,
+        &[&[(DATA, 43)], &[(u64::MAX - 8, 100)], &[(DATA, 100)]],
+        0,
+    );
+    assert!(
+        RxRing::new(&mut vring, &memory, 10)
+            .put(&PacketHeader::default())
+            .unwrap()
+    );
     assert_eq!(used(&memory), [(0, 0), (1, 0), (2, 44)]);
 }
 
@@ -104,15 +132,30 @@ fn a_batch_is_split_into_packets_and_the_rest_goes_back() {
     let memory = memory();
     let driver = driver(&memory);
     let mut vring = vring(&memory, &driver);
-    post(&driver, &[&[(DATA, 44), (DATA + 0x100, 10)], &[(DATA + 0x200, 54)], &[(DATA + 0x300, 54)], &[(DATA, 20)]], 0);
+    post(
+        &driver,
+        &[
+            &[(DATA, 44), (DATA + 0x100, 10)],
+            &[(DATA + 0x200, 54)],
+            &[(DATA + 0x300, 54)],
+            &[(DATA, 20)],
+        ],
+        0,
+    );
     let mut ring = RxRing::new(&mut vring, &memory, 10);
     let reservation = ring.reserve(100, 8).unwrap();
     assert_eq!(reservation.payload.len(), 30);
     reservation.payload.copy_from(b"abcdefghijklm");
-    ring.commit(&reservation, 13, |len| PacketHeader { len, ..Default::default() }).unwrap();
+    ring.commit(&reservation, 13, |len| PacketHeader {
+        len,
+        ..Default::default()
+    })
+    .unwrap();
     assert_eq!(used(&memory), [(0, 54), (2, 47)]);
     let mut tail = [0; 3];
-    memory.read_slice(&mut tail, GuestAddress(DATA + 0x200 + 44)).unwrap();
+    memory
+        .read_slice(&mut tail, GuestAddress(DATA + 0x200 + 44))
+        .unwrap();
     assert_eq!(&tail, b"klm");
     // The third chain and the short one after it are still there, in order.
     assert!(ring.put(&PacketHeader::default()).unwrap());
@@ -151,7 +194,13 @@ fn a_head_outside_of_the_table_is_an_error() {
     driver.avail().ring().ref_at(0).unwrap().store(QUEUE_SIZE);
     driver.avail().idx().store(1);
     let result = RxRing::new(&mut vring, &memory, 10).put(&PacketHeader::default());
-    assert!(matches!(result, Err(QueueError::Used { head: QUEUE_SIZE, .. })));
+    assert!(matches!(
+        result,
+        Err(QueueError::Used {
+            head: QUEUE_SIZE,
+            ..
+        })
+    ));
 }
 
 #[test]
@@ -164,7 +213,11 @@ fn a_chain_that_loops_ends() {
     driver.desc_table().store(0, looped).unwrap();
     driver.avail().ring().ref_at(0).unwrap().store(0);
     driver.avail().idx().store(1);
-    assert!(!RxRing::new(&mut vring, &memory, 10).put(&PacketHeader::default()).unwrap());
+    assert!(
+        !RxRing::new(&mut vring, &memory, 10)
+            .put(&PacketHeader::default())
+            .unwrap()
+    );
     assert_eq!(used(&memory), [(0, 0)]);
 }
 
@@ -176,7 +229,8 @@ fn eventfd_pair() -> (File, File) {
 
 fn count(call: &mut File) -> u64 {
     let mut counter = [0; 8];
-    call.read(&mut counter).map_or(0, |_| u64::from_ne_bytes(counter))
+    call.read(&mut counter)
+        .map_or(0, |_| u64::from_ne_bytes(counter))
 }
 
 #[test]
@@ -206,7 +260,11 @@ fn with_event_idx_the_driver_is_told_when_it_asked() {
     let used_event = driver.avail_addr().0 + 4 + 2 * u64::from(QUEUE_SIZE);
     memory.write_obj(2u16, GuestAddress(used_event)).unwrap();
     for expected in [0, 0, 1, 0] {
-        assert!(RxRing::new(&mut vring, &memory, 10).put(&PacketHeader::default()).unwrap());
+        assert!(
+            RxRing::new(&mut vring, &memory, 10)
+                .put(&PacketHeader::default())
+                .unwrap()
+        );
         vring.signal(&memory).unwrap();
         assert_eq!(count(&mut ours), expected);
     }

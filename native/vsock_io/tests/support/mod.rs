@@ -31,7 +31,11 @@ impl Io {
     pub fn start() -> Self {
         let queue = Arc::new(EventQueue::new(EventQueue::DEFAULT_BYTE_BUDGET).unwrap());
         let reactor = Reactor::start(Arc::clone(&queue) as Arc<dyn EventSink>).unwrap();
-        Self { reactor, queue, seen: Vec::new() }
+        Self {
+            reactor,
+            queue,
+            seen: Vec::new(),
+        }
     }
 
     /// The event with `token`; others are kept for later.
@@ -41,7 +45,9 @@ impl Io {
             if let Some(position) = self.seen.iter().position(|seen| seen.token == token) {
                 return self.seen.remove(position);
             }
-            let left = deadline.checked_duration_since(Instant::now()).expect("no event in time");
+            let left = deadline
+                .checked_duration_since(Instant::now())
+                .expect("no event in time");
             let mut fds = [PollFd::new(&*self.queue, PollFlags::IN)];
             let _ready = poll(&mut fds, Some(&Timespec::try_from(left).unwrap())).unwrap();
             self.seen.extend(self.queue.drain());
@@ -91,7 +97,10 @@ impl ScriptedAgent {
         let header = FrameHeader::from_bytes(header);
         let mut body = vec![0; header.length as usize];
         self.stream.read_exact(&mut body).ok()?;
-        let mut received = Received { stream_id: header.stream_id, ..Received::default() };
+        let mut received = Received {
+            stream_id: header.stream_id,
+            ..Received::default()
+        };
         for (field, number, bytes) in fields(&body) {
             match field {
                 1 => received.service = String::from_utf8(bytes).unwrap(),
@@ -116,7 +125,12 @@ impl ScriptedAgent {
 
     pub fn send(&mut self, stream_id: u32, kind: u8, body: &[u8]) {
         let length = u32::try_from(body.len()).unwrap();
-        let header = FrameHeader { length, stream_id, kind, flags: 0 };
+        let header = FrameHeader {
+            length,
+            stream_id,
+            kind,
+            flags: 0,
+        };
         self.raw(&[&header.to_bytes()[..], body].concat());
     }
 
@@ -155,14 +169,23 @@ pub fn fields(mut bytes: &[u8]) -> Vec<(u64, u64, Vec<u8>)> {
     found
 }
 
+pub fn number_field(number: u8, value: usize) -> Vec<u8> {
+    let mut out = vec![number << 3];
+    put_varint(&mut out, value);
+    out
+}
+
 pub fn bytes_field(number: u8, bytes: &[u8]) -> Vec<u8> {
     let mut out = vec![number << 3 | 2];
-    let mut length = bytes.len();
-    while length >= 0x80 {
-        out.push(u8::try_from(length & 0x7f).unwrap() | 0x80);
-        length >>= 7;
-    }
-    out.push(u8::try_from(length).unwrap());
+    put_varint(&mut out, bytes.len());
     out.extend_from_slice(bytes);
     out
+}
+
+fn put_varint(out: &mut Vec<u8>, mut value: usize) {
+    while value >= 0x80 {
+        out.push(u8::try_from(value & 0x7f).unwrap() | 0x80);
+        value >>= 7;
+    }
+    out.push(u8::try_from(value).unwrap());
 }

@@ -1,0 +1,83 @@
+"""Fixtures of the measurements that pytest-benchmark runs: the installation, and the record.
+
+``run.py`` runs pytest on each ``bench_*.py`` file beside this one, and names the file that the
+records go to.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.containers import Containers
+from harness.daemon import Containerd, ContainerdInstall
+from recording import Recorder
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build"
+SHIM = "containerd-shim-kata-hybrid-v2"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--records", type=Path, help="where to append records, one JSON a line")
+
+
+@pytest.fixture(scope="session")
+def recorder(request: pytest.FixtureRequest) -> Recorder:
+    return Recorder(path=request.config.getoption("--records"))
+
+
+@pytest.fixture(scope="session")
+def bin_dir() -> Path:
+    """Where the wheel's programs and their interpreter are installed, as a user would have them."""
+    directory = Path(os.environ.get("KATA_HYBRID_BIN_DIR", BUILD / "installed" / "bin"))
+    if not os.access(directory / SHIM, os.X_OK):
+        pytest.fail(f"no {directory / SHIM}: run make setup", pytrace=False)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def containerd(bin_dir: Path) -> Iterator[Containerd]:
+    """A private containerd, Debian's, with the test image and the guest that set-up built."""
+    from host_packages import CONTAINERD_1_BIN
+
+    configuration = BUILD / "guest" / "configuration.toml"
+    image = BUILD / "images" / "busybox.tar"
+    install = ContainerdInstall(major=1, bin_dir=CONTAINERD_1_BIN)
+    absent = [os.fspath(path) for path in (configuration, image) if not path.exists()]
+    if install.missing():
+        absent.append(install.missing())
+    if absent:
+        pytest.fail(f"no {', '.join(absent)}: run make setup", pytrace=False)
+    # Short: a unix socket's path may have 107 bytes.
+    home = Path(tempfile.mkdtemp(prefix="kb", dir="/tmp"))
+    daemon = Containerd(
+        install,
+        home=home,
+        namespace=f"{home.name}-ns",
+        shim_dir=bin_dir,
+        environment={"KATA_CONF_FILE": os.fspath(configuration)},
+    )
+    try:
+        daemon.start()
+        daemon.ctr("image", "import", os.fspath(image))
+        yield daemon
+    finally:
+        daemon.destroy()
+
+
+@pytest.fixture(scope="session")
+def kata(containerd: Containerd) -> Containers:
+    return _containers(containerd, "io.containerd.kata-hybrid.v2")
+
+
+@pytest.fixture(scope="session")
+def runc(containerd: Containerd) -> Containers:
+    return _containers(containerd, "io.containerd.runc.v2")
+
+
+def _containers(containerd: Containerd, runtime: str) -> Containers:
+    from busybox_image import IMAGE_NAME
+
+    return Containers(containerd, runtime=runtime, image=IMAGE_NAME, boot_timeout_s=90)

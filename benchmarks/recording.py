@@ -1,0 +1,26 @@
+"""How a measurement under pytest hands its samples to ``run.py``: one JSON object a line.
+
+Used by ``conftest.py``, whose ``record`` fixture is this bound to a file, and by the ``bench_*.py``
+files for its type.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorder:
+    """Appends to a file; without one, samples go nowhere and pytest's own table is all there is."""
+
+    path: Path | None
+
+    def keep(
+        self, name: str, *, ours: Sequence[float], reference: Sequence[float], note: str = ""
+    ) -> None:
+        """Keep the samples of both sides under the figure's name."""
+        line = {"name": name, "ours": list(ours), "reference": list(reference), "note": note}
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")

@@ -1,0 +1,271 @@
+"""``make bench``: measure every promise of ``figures.py``, print one table, write the list.
+
+    parts  actions     bench_actions.py            pytest-benchmark
+           containers  bench_containers.py         pytest-benchmark, on a containerd of its own
+           vsock_io    native/vsock_io/benches/    criterion, plain copies as the reference
+           packets     native/vsock_io/benches/    criterion for Rust, pytest-benchmark for Cython
+
+Every figure is a ratio of two sides taken here and now; nothing is compared with another machine
+or another day. A part that fails leaves its figures unmeasured, and an unmeasured figure does not
+hold. Progress goes to standard error, the table (``--json``: the list) to standard output, and the
+list also to ``build/bench.json``. The exit status is 1 unless everything holds. Standard library
+only; the parts run in the environment that ``make setup`` made.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import criterion
+import figures
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build"
+RESULT = BUILD / "bench.json"
+RECORDS = BUILD / "bench-records.jsonl"
+LOG = BUILD / "logs" / "bench.log"
+_CRITERION_HOME = BUILD / "criterion"
+_PYTEST_TIMEOUT_S = 300.0
+_TICK_S = 0.2
+_REASON_LINES = 3
+_STDOUT_MIB = 32
+
+Record = dict[str, Any]
+"""What a part measured of one figure: see ``figures.evaluate``."""
+Keep = Callable[[Record], None]
+
+
+class PartError(Exception):
+    """A part could not be measured, or not all of it; the text says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A group of figures measured together."""
+
+    name: str
+    title: str
+    figures: tuple[str, ...]
+    measure: Callable[[Keep], None]
+
+
+def parts() -> list[Part]:
+    """Return every part, in order."""
+    return [
+        Part(
+            name="actions",
+            title="start and delete, against a bare interpreter",
+            figures=("start_action", "delete_action", "delete_action_after_crash"),
+            measure=lambda keep: run_pytest("bench_actions.py", keep),
+        ),
+        Part(
+            name="containers",
+            title="containers on a private containerd, against runc",
+            figures=("create_to_first_byte", "idle_shim_pss"),
+            measure=lambda keep: run_pytest("bench_containers.py", keep),
+        ),
+        Part(
+            name="vsock_io",
+            title="agent calls and output copies, against bare sockets",
+            figures=("agent_round_trip", "stdout_pump"),
+            measure=measure_vsock_io,
+        ),
+    ]
+
+
+def run_pytest(file: str, keep: Keep) -> None:
+    """Run one of the pytest-benchmark files, keeping each record as it comes.
+
+    Raises:
+        PartError: a measurement failed.
+    """
+    RECORDS.write_text("")
+    command = [
+        *(_python(), "-m", "pytest", "--benchmark-enable", "--benchmark-disable-gc"),
+        *("-o", "python_files=bench_*.py", "-o", "pythonpath=tests scripts benchmarks"),
+        *("-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default"),
+        *("-p", "no:cacheprovider", "--color=no", "--records", os.fspath(RECORDS)),
+        f"--confcutdir={ROOT / 'benchmarks'}",
+        *("--benchmark-json", os.fspath(BUILD / f"{Path(file).stem}.json")),
+        os.fspath(ROOT / "benchmarks" / file),
+    ]
+    deadline = time.monotonic() + _PYTEST_TIMEOUT_S
+    with LOG.open("ab") as log, RECORDS.open() as records:
+        begin = log.tell()
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        try:
+            while True:
+                is_over = _is_over(process)
+                for line in records:
+                    keep(json.loads(line))
+                if is_over:
+                    break
+                if time.monotonic() > deadline:
+                    raise PartError(f"not done in {_PYTEST_TIMEOUT_S:g} s")
+        finally:
+            _end(process)
+    if process.returncode != 0:
+        raise PartError(_reason(begin))
+
+
+def measure_vsock_io(keep: Keep) -> None:
+    """Measure what the agent client and the output copies cost.
+
+    Raises:
+        PartError: a benchmark failed.
+    """
+    seconds = _run_criterion(
+        {
+            "agent_round_trip": ("agent_round_trip/client", "agent_round_trip/raw"),
+            "stdout_pump": ("stdout_pump/pump", "stdout_pump/copy"),
+        }
+    )
+    keep(
+        {
+            "name": "agent_round_trip",
+            "ours": [sample * 1e6 for sample in seconds["agent_round_trip/client"]],
+            "reference": [sample * 1e6 for sample in seconds["agent_round_trip/raw"]],
+        }
+    )
+    keep(
+        {
+            "name": "stdout_pump",
+            "ours": [_STDOUT_MIB / sample for sample in seconds["stdout_pump/pump"]],
+            "reference": [_STDOUT_MIB / sample for sample in seconds["stdout_pump/copy"]],
+        }
+    )
+
+
+def _run_criterion(functions: dict[str, tuple[str, ...]]) -> dict[str, list[float]]:
+    """Build the named benchmarks of ``vsock_io`` and run these functions of each."""
+    seconds: dict[str, list[float]] = {}
+    try:
+        _say("    building …")
+        programs = criterion.build("vsock_io", benches=tuple(functions), log=LOG)
+        for name, wanted in functions.items():
+            _say(f"    {name}: {criterion.ROUNDS} rounds …")
+            seconds |= criterion.run(
+                programs[name], functions=wanted, home=_CRITERION_HOME, log=LOG
+            )
+    except criterion.CriterionError as exc:
+        raise PartError(str(exc)) from exc
+    return seconds
+
+
+def measure(chosen: list[Part]) -> list[figures.Figure]:
+    """Measure the chosen parts and return all figures."""
+    records: list[Record] = []
+    reasons: dict[str, str] = {}
+
+    def keep(record: Record) -> None:
+        records.append(record)
+        _say(f"    {record['name']}: done")
+
+    for number, part in enumerate(chosen, start=1):
+        began = time.monotonic()
+        _say(f"[{number}/{len(chosen)}] {part.title} …")
+        try:
+            part.measure(keep)
+        except PartError as exc:
+            reasons |= dict.fromkeys(part.figures, str(exc))
+            _say(f"    failed: {exc}; all of it: {LOG}")
+        _say(f"[{number}/{len(chosen)}] {part.title} … {time.monotonic() - began:.0f} s")
+    return figures.evaluate(records, reasons=reasons)
+
+
+def write_result(measured: list[figures.Figure]) -> str:
+    """Write ``build/bench.json`` and return its text."""
+    text = json.dumps([figure.to_json() for figure in measured], indent=2) + "\n"
+    temporary = RESULT.with_suffix(".part")
+    temporary.write_text(text)
+    temporary.replace(RESULT)
+    return text
+
+
+def main() -> int:
+    """Measure and report; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the list, not the table")
+    parser.add_argument(
+        "--only",
+        choices=[part.name for part in parts()],
+        action="append",
+        help="measure these parts only; the others' figures are missing",
+    )
+    options = parser.parse_args()
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    LOG.write_text("")
+    chosen = [part for part in parts() if options.only is None or part.name in options.only]
+    measured = measure(chosen)
+    text = write_result(measured)
+    if options.json:
+        sys.stdout.write(text)
+    else:
+        is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(f"\n{_machine()}\n\n{figures.table(measured, is_coloured=is_coloured)}")
+    return figures.exit_status(measured)
+
+
+def _python() -> str:
+    """Return the interpreter that has pytest: the project's own environment, else this one."""
+    own = ROOT / ".venv" / "bin" / "python"
+    return os.fspath(own) if own.exists() else sys.executable
+
+
+def _machine() -> str:
+    """Name the machine that the figures are of."""
+    model = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return (
+        f"{model}, {os.cpu_count()} cores, Linux {platform.release()}, "
+        f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
+    )
+
+
+def _is_over(process: subprocess.Popen[bytes]) -> bool:
+    try:
+        process.wait(_TICK_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a process that still runs, so that its fixtures clean up; then insist."""
+    for act in (lambda: process.send_signal(2), process.kill):
+        if process.poll() is None:
+            act()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _reason(begin: int) -> str:
+    """Return the summary of the pytest run whose output begins there in the log."""
+    with LOG.open("rb") as log:
+        log.seek(begin)
+        lines = log.read().decode(errors="replace").splitlines()
+    told = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
+    return " | ".join(" ".join(line.split()) for line in told[-_REASON_LINES:]) or "pytest failed"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

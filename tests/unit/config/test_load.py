@@ -1,0 +1,277 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kata_hybrid.config.keys import TABLES
+from kata_hybrid.config.load import CONFIG_FILE_VARIABLE, find_config, load_config, read_config
+from kata_hybrid.config.model import Config, LogLevel, QemuConfig, VirtioFsCache
+from kata_hybrid.errors import InvalidConfigError
+
+FULL = """
+[hypervisor.qemu]
+path = "/usr/bin/qemu-system-x86_64"
+kernel = "/k/vmlinux"
+initrd = "/k/initrd.img"
+machine_type = "q35"
+machine_accelerators = "accel=tcg"
+kernel_params = 'one=1 "quoted=a b" two'
+default_vcpus = 2.5
+default_memory = 512
+shared_fs = "virtio-fs"
+virtio_fs_daemon = "/usr/lib/qemu/virtiofsd"
+virtio_fs_cache = "none"
+virtio_fs_extra_args = ["--thread-pool-size=1"]
+enable_debug = true
+
+[agent.kata]
+dial_timeout_ms = 20
+reconnect_timeout_ms = 5000
+create_container_timeout = 45
+health_check_request_timeout_ms = 1500
+server_port = 2024
+log_port = 2025
+
+[runtime]
+hypervisor_name = "qemu"
+agent_name = "kata"
+name = "virt_container"
+log_level = "debug"
+disable_guest_seccomp = true
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    with pytest.raises(InvalidConfigError) as caught:
+        read_config(write(tmp_path / "configuration.toml", text))
+    assert str(tmp_path / "configuration.toml") in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_key_arrives(tmp_path: Path) -> None:
+    config = read_config(write(tmp_path / "c.toml", FULL))
+    assert config.qemu.kernel_params == ("one=1", '"quoted=a b"', "two")
+    assert config.qemu.vcpu_count(host_cpu_count=8) == 3
+    assert config.qemu.memory_mib == 512
+    assert config.qemu.virtio_fs_cache is VirtioFsCache.NEVER
+    assert config.qemu.virtio_fs_daemon == Path("/usr/lib/qemu/virtiofsd")
+    assert config.agent.boot_timeout_s == 10
+    assert config.agent.health_check_timeout_s == 1.5
+    assert config.agent.request_timeout_s == 45
+    assert (config.agent.server_port, config.agent.log_port) == (2024, 2025)
+    assert config.runtime.log_level is LogLevel.DEBUG
+    assert config.runtime.is_debug
+    assert config.runtime.disable_guest_seccomp
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", "")
+    assert read_config(path) == Config(files=(path,))
+
+
+def test_defaults_are_one_vcpu_and_2_gib() -> None:
+    assert QemuConfig().vcpu_count(host_cpu_count=64) == 1
+    assert QemuConfig().memory_mib == 2048
+
+
+@pytest.mark.parametrize(("configured", "count"), [(0, 1), (-1, 4), (0.2, 1), (3.1, 4), (99, 4)])
+def test_vcpus_are_whole_and_at_most_the_hosts(configured: float, count: int) -> None:
+    assert QemuConfig(default_vcpus=configured).vcpu_count(host_cpu_count=4) == count
+
+
+def test_an_unknown_key_is_named_with_its_value_and_the_nearest(tmp_path: Path) -> None:
+    text = refused(tmp_path, "[hypervisor.qemu]\ndefault_vcpu = 2\n")
+    assert "hypervisor.qemu.default_vcpu = 2" in text
+    assert text.endswith("default_vcpus")
+
+
+def test_an_unknown_table_is_named_with_the_nearest(tmp_path: Path) -> None:
+    assert "[runtim]" in refused(tmp_path, "[runtim]\nname = 1\n")
+    assert refused(tmp_path, "[hypervisor.qmeu]\n").endswith("hypervisor.qemu")
+    assert "agent = 1" in refused(tmp_path, "agent = 1\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("default_memory = '2G'", "whole number from 128"),
+        ("default_memory = true", "whole number"),
+        ("default_memory = 64", "whole number from 128"),
+        ("default_vcpus = nan", "a number"),
+        ("default_vcpus = 'two'", "a number"),
+        ("enable_debug = 1", "true or false"),
+        ("kernel = 'vmlinux'", "an absolute path"),
+        ("kernel = ''", "an absolute path"),
+        ("kernel_params = 'a=\"b'", "closed quotes"),
+        ("shared_fs = 'none'", "one of virtio-fs"),
+        ("machine_type = 'pc'", "one of q35"),
+        ("virtio_fs_cache = 'sometimes'", "one of never, auto, always"),
+        ("virtio_fs_extra_args = '-x'", "a list of texts"),
+        ("virtio_fs_extra_args = [1]", "a text"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(
+    tmp_path: Path, line: str, expected: str
+) -> None:
+    text = refused(tmp_path, f"[hypervisor.qemu]\n{line}\n")
+    assert f"hypervisor.qemu.{line.split(' ', maxsplit=1)[0]}" in text
+    assert expected in text
+
+
+@pytest.mark.parametrize(
+    "line", ["server_port = 0", "dial_timeout_ms = 0", "create_container_timeout = -1"]
+)
+def test_agent_numbers_have_bounds(tmp_path: Path, line: str) -> None:
+    assert "agent.kata." in refused(tmp_path, f"[agent.kata]\n{line}\n")
+
+
+def test_what_is_no_toml_is_refused(tmp_path: Path) -> None:
+    assert "not TOML" in refused(tmp_path, "[hypervisor")
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidConfigError, match="not TOML"):
+        read_config(path)
+
+
+def test_a_huge_file_is_refused(tmp_path: Path) -> None:
+    assert "larger than" in refused(tmp_path, "#" * (2 << 20))
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_a_configuration_or_refused(tmp_path_factory: object, data: bytes) -> None:
+    assert isinstance(tmp_path_factory, pytest.TempPathFactory)
+    path = tmp_path_factory.mktemp("any") / "c.toml"
+    path.write_bytes(data)
+    try:
+        read_config(path)
+    except InvalidConfigError as error:
+        assert str(path) in str(error)
+
+
+JSON_VALUES = st.one_of(
+    st.booleans(),
+    st.integers(-(2**40), 2**40),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(codec="ascii", exclude_characters="\x7f"), max_size=20),
+    st.lists(st.text("ab", max_size=3), max_size=3),
+)
+KEYS = st.sampled_from([(table, key) for table, keys in TABLES.items() for key in keys])
+
+
+@given(KEYS, JSON_VALUES)
+def test_every_key_accepts_or_names_itself(
+    tmp_path_factory: object, key: tuple[tuple[str, ...], str], value: object
+) -> None:
+    assert isinstance(tmp_path_factory, pytest.TempPathFactory)
+    table, name = key
+    path = tmp_path_factory.mktemp("key") / "c.toml"
+    path.write_text(f"[{'.'.join(table)}]\n{name} = {json.dumps(value)}\n")
+    try:
+        config = read_config(path)
+    except InvalidConfigError as error:
+        assert ".".join((*table, name)) in str(error)
+    else:
+        assert config.files == (path,)
+
+
+@given(
+    memory=st.integers(128, 16 << 20),
+    vcpus=st.integers(-5, 1024),
+    params=st.lists(st.text("abc=.1", min_size=1, max_size=8), max_size=4),
+    arguments=st.lists(st.text("abc ,'-=", max_size=8), max_size=3),
+    is_debug=st.booleans(),
+)
+def test_values_survive_the_round_trip(
+    tmp_path_factory: object,
+    *,
+    memory: int,
+    vcpus: int,
+    params: list[str],
+    arguments: list[str],
+    is_debug: bool,
+) -> None:
+    assert isinstance(tmp_path_factory, pytest.TempPathFactory)
+    path = tmp_path_factory.mktemp("round") / "c.toml"
+    path.write_text(
+        "[hypervisor.qemu]\n"
+        f"default_memory = {memory}\ndefault_vcpus = {vcpus}\n"
+        f"kernel_params = {json.dumps(' '.join(params))}\n"
+        f"virtio_fs_extra_args = {json.dumps(arguments)}\n"
+        f"enable_debug = {json.dumps(is_debug)}\n"
+    )
+    assert read_config(path).qemu == QemuConfig(
+        memory_mib=memory,
+        default_vcpus=float(vcpus),
+        kernel_params=tuple(params),
+        virtio_fs_extra_args=tuple(arguments),
+        enable_debug=is_debug,
+    )
+
+
+def test_drop_ins_follow_in_order_of_their_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", "[hypervisor.qemu]\ndefault_memory = 256\n")
+    first = write(tmp_path / "config.d/10-a", "[hypervisor.qemu]\ndefault_memory = 300\n")
+    second = write(tmp_path / "config.d/20-b", "[hypervisor.qemu]\nenable_debug = true\n")
+    config = read_config(path)
+    assert (config.qemu.memory_mib, config.qemu.enable_debug) == (300, True)
+    assert config.files == (path, first, second)
+
+
+def test_a_wrong_drop_in_is_named_itself(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", "")
+    wrong = write(tmp_path / "config.d/x.toml", "[runtime]\nenable_debug = 3\n")
+    with pytest.raises(InvalidConfigError, match=str(wrong)):
+        read_config(path)
+
+
+def test_drop_ins_are_beside_the_resolved_file(tmp_path: Path) -> None:
+    real = write(tmp_path / "real/c.toml", "")
+    write(tmp_path / "real/config.d/a", "[runtime]\nenable_debug = true\n")
+    link = tmp_path / "link.toml"
+    link.symlink_to(real)
+    assert read_config(link).runtime.enable_debug
+
+
+def test_a_drop_in_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", "")
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d/a").symlink_to(path)
+    with pytest.raises(InvalidConfigError, match="not a regular file"):
+        read_config(path)
+
+
+def test_a_file_asked_for_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigError, match="absent"):
+        load_config(environment={CONFIG_FILE_VARIABLE: str(tmp_path / "absent")})
+
+
+def test_the_environment_comes_before_the_option_before_the_defaults(tmp_path: Path) -> None:
+    default = write(tmp_path / "default.toml", "")
+    environment = {CONFIG_FILE_VARIABLE: "/env.toml"}
+    option = Path("/option.toml")
+
+    def find(environment: dict[str, str], option: Path | None) -> Path | None:
+        return find_config(
+            environment=environment,
+            option_path=option,
+            default_paths=(tmp_path / "absent", default),
+        )
+
+    assert find(environment, option) == Path("/env.toml")
+    assert find({}, option) == option
+    assert find({}, None) == default
+
+
+def test_without_any_file_the_defaults_are_in_force() -> None:
+    assert load_config(environment={}, default_paths=()) == Config()

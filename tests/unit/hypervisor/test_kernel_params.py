@@ -1,0 +1,31 @@
+from kata_hybrid.config.model import AgentConfig, Config, QemuConfig
+from kata_hybrid.hypervisor.kernel_params import kernel_params
+
+
+def test_the_users_parameters_come_last() -> None:
+    config = Config(qemu=QemuConfig(kernel_params=("panic=5", "mine")))
+    assert kernel_params(config)[-2:] == ("panic=5", "mine")
+
+
+def test_the_agent_is_told_to_log_and_to_use_cgroup_v2() -> None:
+    params = kernel_params(Config())
+    assert {"agent.log_vport=1025", "cgroup_no_v1=all", "panic=-1", "reboot=k"} <= set(params)
+
+
+def test_quiet_unless_debugging() -> None:
+    assert "quiet" in kernel_params(Config())
+    assert "quiet" not in kernel_params(Config(qemu=QemuConfig(enable_debug=True)))
+
+
+def test_agent_options_become_parameters() -> None:
+    agent = AgentConfig(
+        enable_debug=True, debug_console_enabled=True, server_port=9, container_pipe_size=4096
+    )
+    params = kernel_params(Config(agent=agent))
+    assert {
+        "agent.log=debug",
+        "agent.debug_console",
+        "agent.debug_console_vport=1026",
+        "agent.server_addr=vsock://-1:9",
+        "agent.container_pipe_size=4096",
+    } <= set(params)

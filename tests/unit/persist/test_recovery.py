@@ -1,0 +1,139 @@
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kata_hybrid.aio.process import identify
+from kata_hybrid.persist import recovery
+
+TIMEOUT_S = 10.0
+
+
+def no_unmount(path: str) -> None:
+    pytest.fail(f"unmounted {path}")
+
+
+def write(run_dir: Path, **state: object) -> None:
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "state.json").write_text(json.dumps({"version": 1, **state}))
+
+
+def entry(pid: int, *, ticks: int | None = None) -> dict[str, object]:
+    start = identify("x", pid).start_ticks if ticks is None else ticks
+    return {"name": "x", "pid": pid, "start_ticks": start}
+
+
+def test_nothing_there_is_no_problem(tmp_path: Path) -> None:
+    assert recovery.clean_up(str(tmp_path / "absent"), unmount=no_unmount) == []
+
+
+def test_shim_and_helpers_are_killed(tmp_path: Path) -> None:
+    with (
+        subprocess.Popen(["sleep", "600"]) as shim,
+        subprocess.Popen(["sleep", "600"]) as helper,
+    ):
+        write(tmp_path / "s", shim=entry(shim.pid), processes=[entry(helper.pid)])
+        assert recovery.clean_up(str(tmp_path / "s"), unmount=no_unmount) == []
+        assert shim.wait(TIMEOUT_S) == -signal.SIGKILL
+        assert helper.wait(TIMEOUT_S) == -signal.SIGKILL
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_pid_file_is_enough(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "600"]) as shim:
+        ticks = identify("x", shim.pid).start_ticks
+        (tmp_path / "s").mkdir()
+        (tmp_path / "s" / "shim.pid").write_text(f"{shim.pid} {ticks}")
+        recovery.clean_up(str(tmp_path / "s"), unmount=no_unmount)
+        assert shim.wait(TIMEOUT_S) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"pid": -1, "start_ticks": 1},
+        {"pid": 0, "start_ticks": 1},
+        {"pid": 1, "start_ticks": 1},
+        {"pid": "2", "start_ticks": 1},
+        {"pid": 2},
+        None,
+        "x",
+    ],
+)
+def test_nonsense_kills_nobody(tmp_path: Path, item: object) -> None:
+    write(tmp_path / "s", processes=[item], mounts=[1, "relative"], cgroups="x", shim=item)
+    assert recovery.clean_up(str(tmp_path / "s"), unmount=no_unmount) == []
+
+
+def test_it_never_kills_itself(tmp_path: Path) -> None:
+    write(tmp_path / "s", shim=entry(os.getpid()))
+    assert recovery.clean_up(str(tmp_path / "s"), unmount=no_unmount) == []
+
+
+def test_mounts_are_released_last_first(tmp_path: Path) -> None:
+    write(tmp_path / "s", mounts=["/a", "/a/b"])
+    seen: list[str] = []
+    recovery.clean_up(str(tmp_path / "s"), unmount=seen.append)
+    assert seen == ["/a/b", "/a"]
+
+
+def test_a_failed_step_does_not_stop_the_next(tmp_path: Path) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(16, os.strerror(16), path)
+
+    write(tmp_path / "s", mounts=["/a"])
+    assert recovery.clean_up(str(tmp_path / "s"), unmount=refuse) == [
+        "release /a: Device or resource busy"
+    ]
+    assert not (tmp_path / "s").exists()
+
+
+def test_links_are_removed_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").touch()
+    (tmp_path / "s" / "deep").mkdir(parents=True)
+    (tmp_path / "s" / "deep" / "link").symlink_to(precious)
+    assert recovery.clean_up(str(tmp_path / "s"), unmount=no_unmount) == []
+    assert (precious / "file").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_mount_that_survived_is_not_emptied(tmp_path: Path) -> None:
+    mounted = tmp_path / "s" / "shared"
+    mounted.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", mounted], check=True)
+    try:
+        (mounted / "precious").touch()
+        (problem,) = recovery.clean_up(str(tmp_path / "s"), unmount=no_unmount)
+        assert str(mounted) in problem
+        assert (mounted / "precious").exists()
+    finally:
+        subprocess.run(["umount", mounted], check=True)
+
+
+@pytest.mark.parametrize("path", ["/sys/fs/cgroup/../../etc", "/etc", "/sys/fs/cgroup"])
+def test_only_cgroup_folders_are_removed(path: str) -> None:
+    with pytest.raises(OSError, match="not a cgroup path"):
+        recovery.remove_cgroup(path)
+
+
+def cgroup_root() -> Path | None:
+    root = Path("/sys/fs/cgroup")
+    return root if (root / "cgroup.controllers").exists() and os.access(root, os.W_OK) else None
+
+
+@pytest.mark.skipif(cgroup_root() is None, reason="needs a writable cgroup v2 hierarchy")
+def test_a_cgroup_with_members_is_killed_and_removed() -> None:
+    root = cgroup_root()
+    assert root is not None
+    folder = root / f"kata-hybrid-test-{os.getpid()}"
+    (folder / "inner").mkdir(parents=True)
+    with subprocess.Popen(["sleep", "600"]) as member:
+        (folder / "inner" / "cgroup.procs").write_text(str(member.pid))
+        recovery.remove_cgroup(str(folder))
+        assert member.wait(TIMEOUT_S) == -signal.SIGKILL
+    assert not folder.exists()
