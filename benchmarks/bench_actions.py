@@ -15,7 +15,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -105,42 +105,44 @@ def test_start_action(action: Action, benchmark: BenchmarkFixture, recorder: Rec
         action.end_server(is_orderly=True)
         bare.append(action.bare())
 
-    _measure(benchmark, action.start, prepare)
+    ours = _measure(benchmark, action.start, prepare)
     action.check_running()
-    _record(recorder, "start_action", benchmark=benchmark, bare=bare)
+    recorder.keep(
+        "start_action", ours=_milliseconds(ours), reference=_milliseconds(bare[-_ROUNDS:])
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "is_orderly"), [("delete_action", True), ("delete_action_after_crash", False)]
+    "name",
+    ["delete_action", "delete_action_after_crash"],
 )
 def test_delete_action(
-    action: Action, benchmark: BenchmarkFixture, recorder: Recorder, name: str, is_orderly: bool
+    action: Action, benchmark: BenchmarkFixture, recorder: Recorder, name: str
 ) -> None:
     bare: list[float] = []
 
     def prepare() -> None:
         action.start()
-        action.end_server(is_orderly=is_orderly)
+        action.end_server(is_orderly=name == "delete_action")
         bare.append(action.bare())
 
-    _measure(benchmark, action.delete, prepare)
-    _record(recorder, name, benchmark=benchmark, bare=bare)
+    ours = _measure(benchmark, action.delete, prepare)
+    recorder.keep(name, ours=_milliseconds(ours), reference=_milliseconds(bare[-_ROUNDS:]))
 
 
-def _measure(benchmark: BenchmarkFixture, act: object, prepare: object) -> None:
-    benchmark.pedantic(
+def _measure(
+    benchmark: BenchmarkFixture, act: Callable[[], None], prepare: Callable[[], None]
+) -> list[float]:
+    """Run both in turn; return the seconds that ``act`` took."""
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
         act, setup=prepare, rounds=_ROUNDS, warmup_rounds=_WARM_UP_ROUNDS, iterations=1
     )
+    assert benchmark.stats is not None, "run with --benchmark-enable"
+    return list(benchmark.stats.stats.data)
 
 
-def _record(
-    recorder: Recorder, name: str, *, benchmark: BenchmarkFixture, bare: list[float]
-) -> None:
-    recorder.keep(
-        name,
-        ours=[seconds * 1e3 for seconds in benchmark.stats.stats.data],
-        reference=[seconds * 1e3 for seconds in bare[-_ROUNDS:]],
-    )
+def _milliseconds(seconds: list[float]) -> list[float]:
+    return [sample * 1e3 for sample in seconds]
 
 
 def _kill(pid: int) -> None:

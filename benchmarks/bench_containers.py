@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness.containers import Containers
 from pytest_benchmark.fixture import BenchmarkFixture
 from recording import Recorder
+
+from harness.containers import Containers
 
 _ROUNDS = 5
 _READINGS = 5
 _SETTLE_S = 1.0
-_GUEST_MEMORY = ("/memfd:", "/dev/shm/", "/dev/hugepages/")
+_GUEST_MEMORY = ("/memfd:", "/dev/shm/", "/dev/hugepages/")  # noqa: S108 - told apart, not used
 _TIMEOUT_S = 120.0
 
 
@@ -42,7 +43,9 @@ def test_create_to_first_byte(
         ours.append(_first_byte_s(kata))
 
     # pytest-benchmark's own time includes the end of the container; the record is the first byte.
-    benchmark.pedantic(measure, setup=prepare, rounds=_ROUNDS, warmup_rounds=1, iterations=1)
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        measure, setup=prepare, rounds=_ROUNDS, warmup_rounds=1, iterations=1
+    )
     recorder.keep(
         "create_to_first_byte",
         ours=[seconds * 1e3 for seconds in ours[-_ROUNDS:]],
@@ -64,8 +67,7 @@ def test_idle_shim_pss(kata: Containers, bin_dir: Path, recorder: Recorder) -> N
         "idle_shim_pss",
         ours=[reading.pss for reading in readings],
         reference=[1.0],
-        note=f"of it private {middle.private:.1f} MiB; bare interpreter: {bare.pss:.1f} MiB, "
-        f"private {bare.private:.1f} MiB",
+        note=f"shim {middle}; bare interpreter {bare}",
     )
 
 
@@ -75,6 +77,10 @@ class Memory:
 
     pss: float
     private: float
+    resident: float
+
+    def __str__(self) -> str:
+        return f"{self.pss:.1f} MiB, private {self.private:.1f}, resident {self.resident:.1f}"
 
 
 def read_memory(pid: int) -> Memory:
@@ -83,7 +89,7 @@ def read_memory(pid: int) -> Memory:
     Raises:
         OSError: it is gone.
     """
-    pss = private = 0
+    pss = private = resident = 0
     is_counted = True
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         first, _, rest = line.partition(" ")
@@ -94,9 +100,11 @@ def read_memory(pid: int) -> Memory:
             is_counted = not path.startswith(_GUEST_MEMORY)
         elif is_counted and first == "Pss:":
             pss += int(rest.split()[0])
+        elif is_counted and first == "Rss:":
+            resident += int(rest.split()[0])
         elif is_counted and first in {"Private_Clean:", "Private_Dirty:"}:
             private += int(rest.split()[0])
-    return Memory(pss=pss / 1024, private=private / 1024)
+    return Memory(pss=pss / 1024, private=private / 1024, resident=resident / 1024)
 
 
 def _bare_interpreter(bin_dir: Path) -> Memory:

@@ -6,13 +6,16 @@ records go to.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from recording import Recorder
+
+from busybox_image import IMAGE_NAME
 from harness.containers import Containers
 from harness.daemon import Containerd, ContainerdInstall
-from recording import Recorder
+from host_packages import CONTAINERD_1_BIN
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -21,6 +24,18 @@ SHIM = "containerd-shim-kata-hybrid-v2"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--records", type=Path, help="where to append records, one JSON a line")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Record why a measurement failed."""
+    report = yield
+    if call.excinfo is not None and (report.failed or report.skipped):
+        recorder = Recorder(path=item.config.getoption("--records"))
+        recorder.fail(item.name, reason=str(call.excinfo.value))
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +55,6 @@ def bin_dir() -> Path:
 @pytest.fixture(scope="session")
 def containerd(bin_dir: Path) -> Iterator[Containerd]:
     """A private containerd, Debian's, with the test image and the guest that set-up built."""
-    from host_packages import CONTAINERD_1_BIN
-
     configuration = BUILD / "guest" / "configuration.toml"
     image = BUILD / "images" / "busybox.tar"
     install = ContainerdInstall(major=1, bin_dir=CONTAINERD_1_BIN)
@@ -78,6 +91,4 @@ def runc(containerd: Containerd) -> Containers:
 
 
 def _containers(containerd: Containerd, runtime: str) -> Containers:
-    from busybox_image import IMAGE_NAME
-
     return Containers(containerd, runtime=runtime, image=IMAGE_NAME, boot_timeout_s=90)

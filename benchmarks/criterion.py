@@ -8,7 +8,6 @@ pooled: A B A B A B. Called by ``run.py``; standard library only.
 import json
 import os
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,14 +105,14 @@ def run(
             )
         if done.returncode != 0:
             raise CriterionError(f"{program.name} failed ({done.returncode}); all of it: {log}")
-        for name, pooled in samples.items():
-            pooled += _read_samples(home / name / "new" / "sample.json")
+        for name in functions:
+            samples[name] += _read_samples(home / name / "new" / "sample.json")
     return samples
 
 
 def _read_samples(path: Path) -> list[float]:
     try:
-        content: Mapping[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
         pairs = zip(content["times"], content["iters"], strict=True)
         read = [time / iterations / 1e9 for time, iterations in pairs]
     except (OSError, ValueError, KeyError) as exc:

@@ -13,9 +13,11 @@ only; the parts run in the environment that ``make setup`` made.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -34,8 +36,9 @@ RECORDS = BUILD / "bench-records.jsonl"
 LOG = BUILD / "logs" / "bench.log"
 _CRITERION_HOME = BUILD / "criterion"
 _PYTEST_TIMEOUT_S = 300.0
+_END_TIMEOUT_S = 20.0
 _TICK_S = 0.2
-_REASON_LINES = 3
+_REASON_CHARACTERS = 160
 _STDOUT_MIB = 32
 
 Record = dict[str, Any]
@@ -98,8 +101,8 @@ def run_pytest(file: str, keep: Keep) -> None:
         os.fspath(ROOT / "benchmarks" / file),
     ]
     deadline = time.monotonic() + _PYTEST_TIMEOUT_S
+    failures: list[str] = []
     with LOG.open("ab") as log, RECORDS.open() as records:
-        begin = log.tell()
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
@@ -107,7 +110,11 @@ def run_pytest(file: str, keep: Keep) -> None:
             while True:
                 is_over = _is_over(process)
                 for line in records:
-                    keep(json.loads(line))
+                    record = json.loads(line)
+                    if "failed" in record:
+                        failures.append(f"{record['failed']}: {record['reason']}")
+                    else:
+                        keep(record)
                 if is_over:
                     break
                 if time.monotonic() > deadline:
@@ -115,7 +122,7 @@ def run_pytest(file: str, keep: Keep) -> None:
         finally:
             _end(process)
     if process.returncode != 0:
-        raise PartError(_reason(begin))
+        raise PartError(" | ".join(_shorten(text) for text in failures) or "pytest failed")
 
 
 def measure_vsock_io(keep: Keep) -> None:
@@ -245,22 +252,16 @@ def _is_over(process: subprocess.Popen[bytes]) -> bool:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Interrupt a process that still runs, so that its fixtures clean up; then insist."""
-    for act in (lambda: process.send_signal(2), process.kill):
+    for number in (signal.SIGINT, signal.SIGKILL):
         if process.poll() is None:
-            act()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                continue
+            process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_TIMEOUT_S)
 
 
-def _reason(begin: int) -> str:
-    """Return the summary of the pytest run whose output begins there in the log."""
-    with LOG.open("rb") as log:
-        log.seek(begin)
-        lines = log.read().decode(errors="replace").splitlines()
-    told = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
-    return " | ".join(" ".join(line.split()) for line in told[-_REASON_LINES:]) or "pytest failed"
+def _shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _REASON_CHARACTERS else line[:_REASON_CHARACTERS] + " …"
 
 
 def _say(text: str) -> None:

@@ -25,7 +25,9 @@ def test_exec_shares_the_containers_processes(containers: Containers, running: s
 
 def test_stdin_is_piped_through(containers: Containers, running: str) -> None:
     data = secrets.token_bytes(1 << 20)
-    assert containers.exec(running, "cat", stdin=data).stdout == data
+    output = containers.exec(running, "cat", stdin=data).stdout
+    assert len(output) == len(data)
+    assert output == data
 
 
 def test_user_and_directory_are_set(containers: Containers, running: str) -> None:

@@ -52,7 +52,9 @@ def test_streams_stay_separate(containers: Containers) -> None:
 
 def test_stdin_is_piped_through(containers: Containers) -> None:
     data = secrets.token_bytes(3 * _MIB)
-    assert containers.run("cat", stdin=data).stdout == data
+    output = containers.run("cat", stdin=data).stdout
+    assert len(output) == len(data)
+    assert output == data
 
 
 def test_closed_stdin_is_end_of_file(containers: Containers) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from guest_program import Ending, say
 
+from guest_program import Ending, say
 from kata_hybrid.config.model import QemuConfig
 from kata_hybrid.errors import FailedPreconditionError, InternalError
 from kata_hybrid.guest.build import build_guest

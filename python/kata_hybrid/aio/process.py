@@ -149,7 +149,7 @@ class ProcessReaper:
             actions += [
                 (os.POSIX_SPAWN_CLOSE, number)
                 for number in _inheritable_descriptors()
-                if number > max(*fds, 2)
+                if number > 2 and number not in fds  # noqa: PLR2004 - past standard error
             ]
             pid = os.posix_spawn(  # noqa: ASYNC221 - as in spawn
                 argv[0],

@@ -8,10 +8,11 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_CANCEL_S: Final = 10.0
 
 
 class Supervisor:
@@ -63,13 +64,18 @@ class Supervisor:
             await asyncio.wait(self._tasks)
 
     async def close(self) -> None:
-        """Cancel every task and wait until they have ended. Idempotent."""
+        """Cancel every task and wait until they have ended. Idempotent.
+
+        One that does not end within ten seconds is logged and left behind.
+        """
         self._is_closed = True
-        for task in self._tasks:
+        others = self._tasks - {asyncio.current_task()}
+        for task in others:
             task.cancel()
-        current = asyncio.current_task()
-        while others := {task for task in self._tasks if task is not current}:
-            await asyncio.wait(others)
+        if others:
+            _, stuck = await asyncio.wait(others, timeout=_CANCEL_S)
+            for task in stuck:
+                _LOG.error("task does not end", extra={"task": task.get_name()})
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

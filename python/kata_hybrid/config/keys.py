@@ -129,7 +129,6 @@ AGENT_KEYS: Mapping[str, Key] = {
     "debug_console_enabled": Key("debug_console_enabled", _boolean),
     "server_port": Key("server_port", _PORT),
     "log_port": Key("log_port", _PORT),
-    "dial_timeout_ms": Key("dial_interval_ms", _MILLISECONDS),
     "reconnect_timeout_ms": Key("reconnect_timeout_ms", _MILLISECONDS),
     "create_container_timeout": Key("request_timeout_s", _integer(1, 24 * 3600)),
     "health_check_request_timeout_ms": Key("health_check_request_timeout_ms", _MILLISECONDS),

@@ -4,6 +4,7 @@
 the key of the file where it differs.
 """
 
+import logging
 import math
 import os
 from dataclasses import dataclass, field
@@ -75,8 +76,6 @@ class AgentConfig:
     debug_console_enabled: bool = False
     server_port: int = 1024
     log_port: int = 1025
-    dial_interval_ms: int = 10
-    """Key ``dial_timeout_ms``: what Kata calls so is the pause between two attempts."""
     reconnect_timeout_ms: int = 60_000
     """The time a guest has to boot and answer."""
     request_timeout_s: int = 30
@@ -95,6 +94,16 @@ class AgentConfig:
         return self.health_check_request_timeout_ms / 1000
 
 
+_LOGGING_LEVELS = {
+    LogLevel.TRACE: logging.DEBUG,
+    LogLevel.DEBUG: logging.DEBUG,
+    LogLevel.INFO: logging.INFO,
+    LogLevel.WARN: logging.WARNING,
+    LogLevel.ERROR: logging.ERROR,
+    LogLevel.CRITICAL: logging.CRITICAL,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeConfig:
     """``[runtime]``."""
@@ -107,9 +116,9 @@ class RuntimeConfig:
     disable_guest_seccomp: bool = False
 
     @property
-    def is_debug(self) -> bool:
-        """Debug records are wanted."""
-        return self.enable_debug or self.log_level in {LogLevel.TRACE, LogLevel.DEBUG}
+    def logging_level(self) -> int:
+        """The level for Python's ``logging``."""
+        return logging.DEBUG if self.enable_debug else _LOGGING_LEVELS[self.log_level]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

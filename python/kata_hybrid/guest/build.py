@@ -9,6 +9,7 @@ Runs the reaper of child processes itself, so it belongs on the main thread of a
 import asyncio
 import importlib.resources
 import shlex
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,18 +79,20 @@ async def build_guest(
     bundled = bundled_programs()
     agent_bytes = _read_program(agent or bundled.agent, option="--agent")
     init_bytes = _read_program(init or bundled.init, option="--init")
+    cache_dir.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 - a program of its own
     reaper = ProcessReaper()
     try:
-        tools = Toolbox(reaper)
-        source = await (
-            kernel_from_debian(cache_dir, progress=progress, tools=tools)
-            if kernel is None
-            else kernel_from_file(
-                kernel, modules=modules, cache_dir=cache_dir, progress=progress, tools=tools
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".unpack-") as scratch:
+            tools = Toolbox(reaper)
+            source = await (
+                kernel_from_debian(cache_dir, scratch=Path(scratch), progress=progress, tools=tools)
+                if kernel is None
+                else kernel_from_file(
+                    kernel, modules=modules, scratch=Path(scratch), progress=progress, tools=tools
+                )
             )
-        )
-        progress("make the initrd")
-        chosen = await _choose_modules(source, tools=tools)
+            progress("make the initrd")
+            chosen = await _choose_modules(source, tools=tools)
     finally:
         reaper.close()
     initrd = make_initrd(

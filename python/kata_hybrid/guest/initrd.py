@@ -28,6 +28,7 @@ BOOT_MODULES = (
     "virtiofs",
     "vmw_vsock_virtio_transport",
     "overlay",
+    "virtio_rng",
 )
 """Loaded by guest-init before the agent runs: what the agent cannot do without."""
 

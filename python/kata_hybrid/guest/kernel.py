@@ -1,13 +1,12 @@
 """Where the guest kernel comes from: Debian's cloud kernel package, or a file of the user's.
 
 The package is fetched with apt-get (which checks its signature chain), kept in a cache folder and
-unpacked beside it; nothing is installed. A file may be an ELF ``vmlinux``, a bzImage or a kernel
-package.
+unpacked in a scratch folder of the caller; nothing is installed. A file may be an ELF ``vmlinux``,
+a bzImage or a kernel package.
 """
 
 import asyncio
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +39,11 @@ class KernelSource:
 
 
 async def kernel_from_debian(
-    cache_dir: Path, *, progress: Progress, tools: Toolbox
+    cache_dir: Path, *, scratch: Path, progress: Progress, tools: Toolbox
 ) -> KernelSource:
     """Fetch Debian's current cloud kernel (or take it from the cache).
+
+    ``scratch`` is an empty folder below ``cache_dir`` that outlives the use of the result.
 
     Raises:
         FailedPreconditionError: no apt here, or apt does not know the package.
@@ -50,35 +51,35 @@ async def kernel_from_debian(
         OSError: the cache cannot be written.
     """
     package = await _resolve_package(tools)
-    await asyncio.to_thread(_make_folder, cache_dir)
     archive = _cached(cache_dir, package=package)
     if archive is None:
         progress(f"fetch {package}")
         await tools.run(
-            Tool.APT_GET, ("-q", "download", package), timeout_s=_APT_TIMEOUT_S, cwd=cache_dir
+            Tool.APT_GET, ("-q", "download", package), timeout_s=_APT_TIMEOUT_S, cwd=scratch
         )
-        archive = _cached(cache_dir, package=package)
-    if archive is None:
-        msg = f"apt-get download {package}: left no package in {cache_dir}"
-        raise InternalError(msg)
-    return await _kernel_from_package(archive, cache_dir=cache_dir, progress=progress, tools=tools)
+        fetched = _cached(scratch, package=package)
+        if fetched is None:
+            msg = f"apt-get download {package}: left no package in {scratch}"
+            raise InternalError(msg)
+        # Only whole downloads reach the cache.
+        archive = await asyncio.to_thread(fetched.rename, cache_dir / fetched.name)
+    return await _kernel_from_package(archive, scratch=scratch, progress=progress, tools=tools)
 
 
 async def kernel_from_file(
-    path: Path, *, modules: Path | None, cache_dir: Path, progress: Progress, tools: Toolbox
+    path: Path, *, modules: Path | None, scratch: Path, progress: Progress, tools: Toolbox
 ) -> KernelSource:
     """Take the user's kernel.
 
     ``modules`` is its ``lib/modules/<version>`` folder; without one, the host's of that version is
-    used if it exists.
+    used if it exists. ``scratch`` is an empty folder that outlives the use of the result.
 
     Raises:
         InvalidArgumentError: the file is no kernel.
         OSError: it cannot be read.
     """
     if path.suffix == ".deb":
-        await asyncio.to_thread(_make_folder, cache_dir)
-        return await _kernel_from_package(path, cache_dir=cache_dir, progress=progress, tools=tools)
+        return await _kernel_from_package(path, scratch=scratch, progress=progress, tools=tools)
     digest = digest_file(path)
     vmlinux, version = await _load_vmlinux(path, progress=progress, tools=tools)
     folder = modules or _HOST_MODULES / version
@@ -90,10 +91,6 @@ async def kernel_from_file(
     return KernelSource(
         vmlinux=vmlinux, version=version, source=path.name, modules=folder, inputs=(digest,)
     )
-
-
-def _make_folder(path: Path) -> None:
-    path.mkdir(parents=True, exist_ok=True)
 
 
 async def _resolve_package(tools: Toolbox) -> str:
@@ -120,19 +117,14 @@ def _cached(cache_dir: Path, *, package: str) -> Path | None:
 
 
 async def _kernel_from_package(
-    archive: Path, *, cache_dir: Path, progress: Progress, tools: Toolbox
+    archive: Path, *, scratch: Path, progress: Progress, tools: Toolbox
 ) -> KernelSource:
     progress(f"unpack {archive.name}")
     digest = digest_file(archive)
-    tree = cache_dir / f"unpacked-{digest.sha256[:16]}"
-    if not (tree / ".complete").exists():
-        shutil.rmtree(tree, ignore_errors=True)
-        await tools.run(
-            Tool.DPKG_DEB,
-            ("--extract", str(archive), str(tree)),
-            timeout_s=_UNPACK_TIMEOUT_S,
-        )
-        (tree / ".complete").touch()
+    tree = scratch / "package"
+    await tools.run(
+        Tool.DPKG_DEB, ("--extract", str(archive), str(tree)), timeout_s=_UNPACK_TIMEOUT_S
+    )
     images = sorted((tree / "boot").glob("vmlinu[xz]-*"))
     if len(images) != 1:
         msg = f"{archive.name}: holds {len(images)} kernels, not one"

@@ -8,6 +8,10 @@ Boot parameters are here because they gain something. Measured from exec to init
 """
 
 from kata_hybrid.config.model import Config
+from kata_hybrid.errors import InvalidConfigError
+
+_COMMAND_LINE_BYTES = 2048
+"""COMMAND_LINE_SIZE of x86, with its final NUL."""
 
 BASE = (
     "console=ttyS0",
@@ -27,14 +31,26 @@ FASTER_BOOT = (
 
 
 def kernel_params(config: Config) -> tuple[str, ...]:
-    """Compose the guest kernel's parameters."""
-    return (
+    """Compose the guest kernel's parameters.
+
+    Raises:
+        InvalidConfigError: together they are longer than the kernel reads.
+    """
+    params = (
         *BASE,
         *(() if config.qemu.enable_debug else ("quiet",)),
         *FASTER_BOOT,
         *_agent_params(config),
         *config.qemu.kernel_params,
     )
+    length = len(" ".join(params).encode())
+    if length >= _COMMAND_LINE_BYTES:
+        msg = (
+            f"hypervisor.qemu.kernel_params: the guest's command line would have {length} bytes, "
+            f"the kernel reads {_COMMAND_LINE_BYTES - 1}"
+        )
+        raise InvalidConfigError(msg)
+    return params
 
 
 def _agent_params(config: Config) -> tuple[str, ...]:

@@ -209,9 +209,13 @@ class QemuHypervisor:
             self._resources.callback(os.close, self._kernel_vsock.vhost_fd)
             return self._kernel_vsock
         socket_path = self._machine.run_dir / VSOCK_SOCKET
+        hybrid_path = self._machine.run_dir / AGENT_SOCKET
+        for path in (socket_path, hybrid_path):
+            # Left by a shim that was killed: the folder is ours alone.
+            path.unlink(missing_ok=True)
         backend = self._start_backend(
             socket_path=os.fspath(socket_path),
-            hybrid_path=os.fspath(self._machine.run_dir / AGENT_SOCKET),
+            hybrid_path=os.fspath(hybrid_path),
             guest_cid=USER_GUEST_CID,
         )
         self._resources.callback(backend.close)

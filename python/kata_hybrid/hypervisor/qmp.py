@@ -8,6 +8,7 @@ guest can cause events at any rate.
 """
 
 import asyncio
+import logging
 import socket
 from collections.abc import Mapping
 
@@ -63,6 +64,8 @@ class Monitor:
         """Report events to ``causes``."""
         self._causes = causes
         self._client = QMPClient("kata-hybrid")
+        # The end of the machine is an error to it; we report ends ourselves.
+        self._client.logger.setLevel(logging.CRITICAL)
         self._client.register_listener(
             EventListener(
                 names=("SHUTDOWN", "GUEST_PANICKED", "GUEST_CRASHLOADED"),

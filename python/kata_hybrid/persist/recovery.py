@@ -10,12 +10,15 @@ then mounts, cgroups and the folder. Each step is safe to repeat, and a failed o
 the next from being tried.
 """
 
+import errno
 import json
 import os
 import select
 import signal
 import time
 from collections.abc import Callable
+
+from kata_hybrid.persist import mounts
 
 STATE_FILE = "state.json"
 PID_FILE = "shim.pid"
@@ -27,7 +30,7 @@ Victim = tuple[str, int, int]
 """Name, pid and start ticks of a process to kill."""
 
 
-def clean_up(run_dir: str, *, unmount: Callable[[str], None]) -> list[str]:
+def clean_up(run_dir: str, *, unmount: Callable[[str], None] = mounts.unmount) -> list[str]:
     """Kill, unmount and remove everything recorded in ``run_dir``, and the folder itself.
 
     ``unmount`` detaches one path, and does nothing for one that is no mount point.
@@ -46,6 +49,7 @@ def clean_up(run_dir: str, *, unmount: Callable[[str], None]) -> list[str]:
         _attempt(unmount, path, problems=problems)
     for path in reversed(_paths(state, "cgroups")):
         _attempt(remove_cgroup, path, problems=problems)
+    problems += mounts.unmount_below(run_dir)
     _attempt(_remove_tree, run_dir, problems=problems)
     return problems
 
@@ -206,10 +210,13 @@ def _wait_all(fds: set[int], *, timeout_s: float) -> set[int]:
 
 
 def _remove_tree(path: str) -> None:
-    """Remove a folder without following links and without leaving its file system.
+    """Remove a folder without following links and without entering anything mounted in it.
 
-    A bind mount of the host that somehow survived below it must not be emptied.
+    Raises:
+        OSError: something is mounted below it, or a name could not be removed.
     """
+    for point in mounts.mounts_below(path):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), point)
     try:
         device = os.lstat(path).st_dev
     except FileNotFoundError:
@@ -223,7 +230,7 @@ def _remove_entries(path: str, device: int) -> None:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 if entry.stat(follow_symlinks=False).st_dev != device:
-                    raise OSError(16, os.strerror(16), entry.path)
+                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), entry.path)
                 _remove_entries(entry.path, device)
                 os.rmdir(entry.path)  # noqa: PTH106
             else:

@@ -83,7 +83,7 @@ def config_path(options: AnyMessage) -> Path | None:
     Options meant for another runtime are ignored, as clients send runc's to everybody.
 
     Raises:
-        InvalidArgumentError: they are ours but cannot be decoded.
+        InvalidArgumentError: they are ours but cannot be decoded, or name what is no path.
     """
     if options.type_url.rpartition("/")[2] != _RUNTIME_OPTIONS:
         return None
@@ -92,6 +92,9 @@ def config_path(options: AnyMessage) -> Path | None:
     except DecodeError as exc:
         message = f"runtime options of type {options.type_url} cannot be decoded"
         raise InvalidArgumentError(message) from exc
+    if "\0" in decoded.config_path:
+        message = f"configuration file {decoded.config_path!r} can be no path"
+        raise InvalidArgumentError(message)
     return Path(decoded.config_path) if decoded.config_path else None
 
 

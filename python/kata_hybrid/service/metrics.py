@@ -14,6 +14,10 @@ from kata_hybrid.types import BlockIoEntry, ContainerStats, MemoryEntry
 
 _V1_URL: Final = "io.containerd.cgroups.v1.Metrics"
 _V2_URL: Final = "io.containerd.cgroups.v2.Metrics"
+_V2_NOT_IN_MEMORY_STAT: Final = frozenset(
+    {"usage", "usage_limit", "max_usage", "swap_usage", "swap_limit", "swap_max_usage", "psi"}
+)
+"""Fields of the message that are files of their own, so a line of memory.stat cannot be one."""
 _V2_IO_FIELDS: Final = {"read": "rbytes", "write": "wbytes", "rios": "rios", "wios": "wios"}
 
 
@@ -41,7 +45,7 @@ def _metrics_v2(stats: ContainerStats) -> v2.Metrics:
     # memory.stat's own names are the message's, so what both know is carried over.
     known = v2.MemoryStat.DESCRIPTOR.fields_by_name
     for name, value in stats.memory.raw.items():
-        if name in known and name not in {"usage", "psi"}:
+        if name in known and name not in _V2_NOT_IN_MEMORY_STAT:
             setattr(memory, name, value)
     return v2.Metrics(
         pids=v2.PidsStat(current=stats.pids_current, limit=stats.pids_limit),
@@ -56,7 +60,9 @@ def _metrics_v2(stats: ContainerStats) -> v2.Metrics:
         memory=memory,
         io=v2.IOStat(usage=_io_v2(stats.block_io)),
         hugetlb=[
-            v2.HugeTlbStat(current=page.usage, max=page.max_usage, pagesize=page.page_size)
+            v2.HugeTlbStat(
+                current=page.usage, max=page.max_usage, failcnt=page.failcnt, pagesize=page.page_size
+            )
             for page in stats.hugetlb
         ],
     )

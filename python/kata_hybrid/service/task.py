@@ -92,7 +92,7 @@ class TaskService:
             message = f"container {container_id}: restoring a checkpoint is not implemented"
             raise UnimplementedError(message)
         bundle = Path(request.bundle)
-        if not bundle.is_absolute():
+        if not bundle.is_absolute() or "\0" in request.bundle:
             message = f"bundle must be an absolute path, is {request.bundle!r}"
             raise InvalidArgumentError(message)
         pid = await self._runtime.create(

@@ -16,6 +16,7 @@ import posix
 import sys
 import time
 
+from kata_hybrid.persist.mounts import unmount_below
 from kata_hybrid.shim import address
 from kata_hybrid.shim.bootstrap import encode_delete_response, encode_request
 from kata_hybrid.shim.failure import ShimError
@@ -30,11 +31,6 @@ EXIT_STATUS = 137
 _EXIT_GRACE_S = 1.5
 _ANSWER_TIMEOUT_S = 3.0
 _POLL_S = 0.02
-# linux/fs.h, linux/mount.h
-_MNT_DETACH = 2
-_UMOUNT_NOFOLLOW = 8
-_ENOENT = 2
-_EINVAL = 22
 
 
 def delete(arguments: "Arguments") -> bytes:
@@ -51,7 +47,7 @@ def delete(arguments: "Arguments") -> bytes:
     bundle = arguments.bundle or "."
     folder = _find_folder(arguments, bundle=bundle)
     problems = _release_sandbox(folder, container_id=arguments.id)
-    problems += unmount_below(f"{_absolute(bundle)}/rootfs")
+    problems += unmount_below(f"{bundle}/rootfs")
     if problems:
         # containerd logs this text as a warning; the answer is valid all the same.
         sys.stderr.write("".join(f"{problem}\n" for problem in problems))
@@ -73,24 +69,7 @@ def clean_up_sandbox(folder: str) -> list[str]:
         return []
     from kata_hybrid.persist.recovery import clean_up
 
-    return clean_up(folder, unmount=unmount)
-
-
-def unmount_below(path: str) -> list[str]:
-    """Detach every mount at or below ``path`` in this mount namespace, deepest first.
-
-    Returns:
-        What could not be detached.
-    """
-    points = [point for point in _mount_points() if point == path or point.startswith(path + "/")]
-    problems = []
-    # The last mounted is the uppermost and must go first.
-    for point in reversed(points):
-        try:
-            unmount(point)
-        except OSError as exc:
-            problems.append(f"unmount {point}: {exc.strerror}")
-    return problems
+    return clean_up(folder)
 
 
 def _find_folder(arguments: "Arguments", *, bundle: str) -> str:
@@ -115,12 +94,14 @@ def _release_sandbox(folder: str, *, container_id: str) -> list[str]:
     if not _exists(folder):
         return []
     if address.is_listening(socket_path):
-        if _others_remain(folder, container_id=container_id) and _answers(folder):
-            return []
-        # An orderly shutdown removes the socket first and the folder last.
-        deadline = time.monotonic() + _EXIT_GRACE_S
-        while _exists(folder) and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
+        if _others_remain(folder, container_id=container_id):
+            if _answers(folder):
+                return []
+        else:
+            # An orderly shutdown removes the socket first and the folder last.
+            deadline = time.monotonic() + _EXIT_GRACE_S
+            while _exists(folder) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
     elif _is_closing(folder):
         deadline = time.monotonic() + _EXIT_GRACE_S
         while _is_closing(folder) and time.monotonic() < deadline:
@@ -171,45 +152,6 @@ def _others_remain(folder: str, *, container_id: str) -> bool:
 
     containers = read_state(folder).get("containers")
     return isinstance(containers, list) and any(other != container_id for other in containers)
-
-
-def _mount_points() -> list[str]:
-    table = address.read_file("/proc/self/mountinfo") or b""
-    return [
-        _unescape(line.split(b" ", 5)[4]).decode("utf-8", "surrogateescape")
-        for line in table.splitlines()
-    ]
-
-
-def _unescape(text: bytes) -> bytes:
-    r"""Undo the octal escapes of mountinfo: blank, tab, newline and backslash."""
-    for code, plain in ((b"040", b" "), (b"011", b"\t"), (b"012", b"\n"), (b"134", b"\\")):
-        text = text.replace(b"\\" + code, plain)
-    return text
-
-
-def unmount(path: str) -> None:
-    """Detach one mount; a path that is no mount point, or is gone, is no error.
-
-    Raises:
-        OSError: the kernel refused; the file name is the path.
-    """
-    # Imported only when something is mounted. Not the extension's call: this must work with a
-    # broken or half-removed installation too.
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(path.encode("utf-8", "surrogateescape"), _MNT_DETACH | _UMOUNT_NOFOLLOW) != 0:
-        error = ctypes.get_errno()
-        if error not in {_ENOENT, _EINVAL}:
-            raise OSError(error, posix.strerror(error), path)
-
-
-def _absolute(path: str) -> str:
-    if path == ".":
-        return posix.getcwd()
-    path = path if path.startswith("/") else f"{posix.getcwd()}/{path}"
-    return path.rstrip("/")
 
 
 def _exists(path: str) -> bool:

@@ -29,6 +29,7 @@ from typing import Any, Final
 
 from kata_hybrid import __version__
 from kata_hybrid.aio.supervisor import Supervisor
+from kata_hybrid.errors import InternalError
 from kata_hybrid.observability import log
 from kata_hybrid.observability.context import set_sandbox
 from kata_hybrid.persist import recovery
@@ -36,7 +37,6 @@ from kata_hybrid.service.events import EventPublisher
 from kata_hybrid.shim import address
 from kata_hybrid.shim.args import Arguments
 from kata_hybrid.shim.bootstrap import decode_any
-from kata_hybrid.shim.delete import unmount
 from kata_hybrid.shim.failure import ShimError
 from kata_hybrid.shim.start import GRPC_READY, LISTEN_FD
 from kata_hybrid.ttrpc.server import Method, Server
@@ -51,6 +51,7 @@ IDLE_LIMIT_S: Final = 60.0
 _IDLE_POLL_S: Final = 5.0
 _FINISH_CALLS_S: Final = 10.0
 _FLUSH_EVENTS_S: Final = 5.0
+_RELEASE_S: Final = 30.0
 _PR_SCHED_CORE: Final = 62
 _PR_SCHED_CORE_CREATE: Final = 1
 _SCHED_CORE_SCOPE_PROCESS_GROUP: Final = 2
@@ -66,6 +67,7 @@ class ShimContext:
     """The container whose ``start`` it was; the bundle is its."""
     bundle: Path
     run_dir: Path
+    socket_path: Path
     containerd_address: str
     containerd_binary: str
     ttrpc_address: str
@@ -133,13 +135,17 @@ def serve(arguments: Arguments) -> int:
     try:
         context = read_context(arguments)
         set_sandbox(context.sandbox_id)
-        prepare_process()
         listener = _listener(arguments, context)
     except (ShimError, OSError):
         _LOG.exception("cannot serve")
         return 1
+    build: BuildServices = build_services
     try:
-        asyncio.run(run(context, listener))
+        prepare_process()
+    except (ImportError, OSError) as exc:
+        build = _failing(exc)
+    try:
+        asyncio.run(run(context, listener, build=build))
     except Exception:  # noqa: BLE001 - the top of the process
         _LOG.critical("the shim failed", exc_info=True)
         return 1
@@ -180,6 +186,7 @@ def read_context(arguments: Arguments) -> ShimContext:
         container_id=arguments.id,
         bundle=Path.cwd(),
         run_dir=Path(run_dir),
+        socket_path=Path(arguments.socket or f"{run_dir}/{address.SOCKET}").absolute(),
         containerd_address=arguments.address,
         containerd_binary=arguments.publish_binary,
         ttrpc_address=address.environment("TTRPC_ADDRESS"),
@@ -247,10 +254,13 @@ async def run(
         finally:
             _LOG.debug("leaving")
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(context.run_dir / address.SOCKET)  # noqa: PTH108
+                context.socket_path.unlink()
             await server.close(timeout_s=_FINISH_CALLS_S)
             try:
-                await services.close()
+                async with asyncio.timeout(_RELEASE_S):
+                    await services.close()
+            except TimeoutError:
+                _LOG.error("the sandbox was not released in time", extra={"limit_s": _RELEASE_S})
             finally:
                 await events.flush(_FLUSH_EVENTS_S)
                 await events.close()
@@ -267,7 +277,7 @@ def remove_run_dir(run_dir: Path) -> None:
         if (run_dir / address.SOCKET).exists():
             return
         # The record is of this process and of what it has released; it kills nobody now.
-        for problem in recovery.clean_up(os.fspath(run_dir), unmount=unmount):
+        for problem in recovery.clean_up(os.fspath(run_dir)):
             _LOG.warning("left behind", extra={"problem": problem})
     finally:
         lock.release()
@@ -291,6 +301,16 @@ def _build(
         return Services(methods=methods, is_empty=lambda: True, close=_nothing)
 
 
+def _failing(error: Exception) -> BuildServices:
+    """Return a builder that fails: containerd shall be told, not find a closed connection."""
+
+    def build(*_: object) -> Services:
+        message = f"prepare the shim process: {error}"
+        raise InternalError(message) from error
+
+    return build
+
+
 def _make_server(context: ShimContext, services: Services) -> Any:
     """Return a server of the protocol that was announced."""
     table = dict.fromkeys(TASK_SERVICES, services.methods)
@@ -298,7 +318,7 @@ def _make_server(context: ShimContext, services: Services) -> Any:
         return Server(table)
     from kata_hybrid.shim.grpc_server import GrpcServer
 
-    return GrpcServer(table, path=context.run_dir / address.SOCKET, on_ready=_tell_ready)
+    return GrpcServer(table, path=context.socket_path, on_ready=_tell_ready)
 
 
 def _listener(arguments: Arguments, context: ShimContext) -> socket.socket | None:
@@ -308,7 +328,7 @@ def _listener(arguments: Arguments, context: ShimContext) -> socket.socket | Non
         return None
     if arguments.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(arguments.socket)
+        listener.bind(os.fspath(context.socket_path))
         listener.listen()
         return listener
     listener = socket.socket(fileno=LISTEN_FD)
@@ -345,7 +365,7 @@ def _log_stacks() -> None:
         _LOG.info("task", extra={"task": task.get_name(), "stack": " < ".join(frames)})
     for thread, top in sys._current_frames().items():  # noqa: SLF001 - documented, for debugging
         frames = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_stack(top)]
-        _LOG.info("thread", extra={"thread": thread, "stack": " > ".join(frames)})
+        _LOG.info("thread", extra={"thread_id": thread, "stack": " > ".join(frames)})
 
 
 async def _exit_when_idle(

@@ -46,6 +46,7 @@ MAX_UNREAD_BYTES: Final = 32 << 20
 _HIGH_WATER_BYTES: Final = 1 << 20
 _UCRED: Final = struct.Struct("3i")
 _NS: Final = 1_000_000_000
+_CANCEL_S: Final = 5.0
 _MAX_TIMEOUT_S: Final = 10 * 365 * 86400.0
 
 
@@ -109,8 +110,10 @@ class Server:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         for task in tuple(self._tasks):
             task.cancel()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        if self._tasks:
+            _, stuck = await asyncio.wait(self._tasks, timeout=_CANCEL_S)
+            for task in stuck:
+                _LOG.error("a call does not end", extra={"task": task.get_name()})
         for connection in tuple(self._connections):
             await connection.close(timeout_s=1.0)
 

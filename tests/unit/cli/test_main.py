@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from guest_program import Ending, say
 
+from guest_program import Ending, say
 from kata_hybrid import __version__
 from kata_hybrid.cli.main import main, make_parser, run
 from kata_hybrid.cli.output import Output
@@ -80,10 +80,9 @@ def test_guest_build_writes_a_guest_and_prints_it(capsys: Captured, tmp_path: Pa
     program.write_bytes(say(b"x", ending=Ending.PAUSE))
     kernel = tmp_path / "vmlinux"
     kernel.write_bytes(b"\x7fELF" + b"Linux version 9.9-none (x)")
-    status = main(
-        ["guest", "build", "--json", "--output", str(tmp_path / "out"), "--kernel", str(kernel)]
-        + ["--agent", str(program), "--init", str(program), "--cache", str(tmp_path / "cache")]
-    )
+    paths = ("--kernel", str(kernel), "--agent", str(program), "--init", str(program))
+    folders = ("--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"))
+    status = main(["guest", "build", "--json", *paths, *folders])
     assert status == 0
     document = json.loads(capsys.readouterr().out)
     assert document["manifest"]["kernel_version"] == "9.9-none"

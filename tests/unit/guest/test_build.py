@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from guest_program import Ending, say
 
+from guest_program import Ending, say
 from kata_hybrid.errors import FailedPreconditionError, InvalidArgumentError
 from kata_hybrid.guest import kernel as kernel_source
 from kata_hybrid.guest.build import INITRD_NAME, KERNEL_NAME, build_guest, bundled_programs
@@ -136,3 +136,8 @@ def test_bundled_programs_are_in_the_package() -> None:
     programs = bundled_programs()
     assert programs.agent.parts[-4:] == ("kata_hybrid", "guest", "bin", "kata-agent")
     assert programs.init.name == "guest-init"
+
+
+def test_nothing_of_the_build_is_left_in_the_cache(inputs: Inputs) -> None:
+    inputs.build()
+    assert list((inputs.root / "cache").iterdir()) == []

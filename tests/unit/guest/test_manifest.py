@@ -3,7 +3,13 @@ from pathlib import Path
 import pytest
 
 from kata_hybrid.errors import InvalidArgumentError
-from kata_hybrid.guest.manifest import FileDigest, Manifest, digest_bytes, digest_file, read_manifest
+from kata_hybrid.guest.manifest import (
+    FileDigest,
+    Manifest,
+    digest_bytes,
+    digest_file,
+    read_manifest,
+)
 
 MANIFEST = Manifest(
     schema=1,

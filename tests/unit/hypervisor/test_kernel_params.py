@@ -1,4 +1,7 @@
+import pytest
+
 from kata_hybrid.config.model import AgentConfig, Config, QemuConfig
+from kata_hybrid.errors import InvalidConfigError
 from kata_hybrid.hypervisor.kernel_params import kernel_params
 
 
@@ -29,3 +32,9 @@ def test_agent_options_become_parameters() -> None:
         "agent.server_addr=vsock://-1:9",
         "agent.container_pipe_size=4096",
     } <= set(params)
+
+
+def test_a_command_line_the_kernel_would_cut_is_refused() -> None:
+    config = Config(qemu=QemuConfig(kernel_params=("x" * 2048,)))
+    with pytest.raises(InvalidConfigError, match="kernel_params"):
+        kernel_params(config)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def qemu_split(text: str) -> list[str]:
 
 
 def values(command: tuple[str, ...], flag: str) -> list[str]:
-    return [word for before, word in zip(command, command[1:], strict=False) if before == flag]
+    return [word for before, word in pairwise(command) if before == flag]
 
 
 @given(st.dictionaries(st.sampled_from(["a", "b", "path"]), TEXTS, min_size=1))

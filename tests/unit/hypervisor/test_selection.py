@@ -52,9 +52,7 @@ def test_tcg_can_be_configured_where_kvm_works(config: Config) -> None:
 
 def test_a_configured_kvm_that_does_not_work_is_an_error(config: Config) -> None:
     with pytest.raises(KvmAccessError, match="cmpxchg16b"):
-        select_hypervisor(
-            with_accelerators(config, "accel=kvm"), replace(REPORT, kvm=BROKEN_KVM)
-        )
+        select_hypervisor(with_accelerators(config, "accel=kvm"), replace(REPORT, kvm=BROKEN_KVM))
 
 
 def test_an_unknown_accelerator_is_an_error(config: Config) -> None:

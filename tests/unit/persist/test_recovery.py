@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kata_hybrid.aio.process import identify
-from kata_hybrid.persist import recovery
+from kata_hybrid.persist import mounts, recovery
 
 TIMEOUT_S = 10.0
 
@@ -102,17 +102,32 @@ def test_links_are_removed_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-def test_a_mount_that_survived_is_not_emptied(tmp_path: Path) -> None:
-    mounted = tmp_path / "s" / "shared"
-    mounted.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "none", mounted], check=True)
+def test_a_bind_mount_left_in_the_folder_is_detached_not_emptied(tmp_path: Path) -> None:
+    # Of the same file system, so that only the mount table tells.
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").touch()
+    (tmp_path / "s" / "shared").mkdir(parents=True)
+    subprocess.run(["mount", "--bind", precious, tmp_path / "s" / "shared"], check=True)
+    assert recovery.clean_up(str(tmp_path / "s"), unmount=no_unmount) == []
+    assert (precious / "file").exists()
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_mount_that_cannot_be_detached_keeps_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "s" / "shared"
+    shared.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", tmp_path, shared], check=True)
+    monkeypatch.setattr(mounts, "unmount_below", lambda _: ["unmount: busy"])
     try:
-        (mounted / "precious").touch()
-        (problem,) = recovery.clean_up(str(tmp_path / "s"), unmount=no_unmount)
-        assert str(mounted) in problem
-        assert (mounted / "precious").exists()
+        problems = recovery.clean_up(str(tmp_path / "s"), unmount=no_unmount)
+        assert problems == ["unmount: busy", f"release {shared}: Device or resource busy"]
+        assert shared.exists()
     finally:
-        subprocess.run(["umount", mounted], check=True)
+        subprocess.run(["umount", shared], check=True)
 
 
 @pytest.mark.parametrize("path", ["/sys/fs/cgroup/../../etc", "/etc", "/sys/fs/cgroup"])

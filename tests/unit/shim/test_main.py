@@ -129,3 +129,22 @@ def test_module_form_is_the_same() -> None:
         check=False,
     )
     assert done.stdout == run("-v").stdout
+
+
+def test_serving_by_hand_uses_the_socket_given_and_removes_it(shim: Shim) -> None:
+    path = shim.folder / "by-hand"
+    identity = ["-namespace", "default", "-address", "/c", "-id", "c1"]
+    with subprocess.Popen(
+        [sys.executable, "-I", os.fspath(MAIN), *identity, "-socket", os.fspath(path)],
+        cwd=shim.folder,
+        env={"PATH": os.environ["PATH"], "KATA_HYBRID_RUN_DIR": str(shim.run_dir)},
+        stderr=subprocess.PIPE,
+    ) as server:
+        assert server.stderr is not None
+        first = json.loads(server.stderr.readline())
+        assert (first["msg"], first["sandbox"]) == ("shim serves", "c1")
+        server.terminate()
+        assert server.wait(20) == 0
+    assert not path.exists()
+    assert shim.folder.exists()
+    assert shim.sandboxes() == []

@@ -1,6 +1,7 @@
 """The serving loop around a small service: when it leaves, and in which order."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -67,6 +68,7 @@ def context(folder: Path, *, ttrpc_address: str = "") -> ShimContext:
         container_id="c1",
         bundle=folder,
         run_dir=folder,
+        socket_path=folder / "shim.sock",
         containerd_address="/c",
         containerd_binary="",
         ttrpc_address=ttrpc_address,
@@ -180,6 +182,24 @@ async def test_sigterm_ends_it_only_without_containers(folder: Path) -> None:
         async with asyncio.timeout(TIMEOUT_S):
             await task
     assert service.is_closed
+
+
+def test_sigusr1_logs_what_everything_does(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        service = Service()
+        task = await serving(folder, service.build)
+        async with await Client.connect(folder / "shim.sock", timeout_s=TIMEOUT_S) as client:
+            await call(client, "Connect", task_pb2.ConnectRequest())
+            os.kill(os.getpid(), signal.SIGUSR1)
+            await call(client, "Shutdown", task_pb2.ShutdownRequest())
+        async with asyncio.timeout(TIMEOUT_S):
+            await task
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(scenario())
+    messages = [record.message for record in caplog.records]
+    assert {"task", "thread"} <= set(messages)
+    assert "unhandled error" not in messages
 
 
 @on_loop

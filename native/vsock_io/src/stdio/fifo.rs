@@ -9,7 +9,12 @@ use std::sync::Arc;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use super::window::CHUNK;
 use crate::reactor::{Context, Interest};
+
+/// A pipe that fills up is made this large, once: the default of 64 KiB costs a round of waiting
+/// per quarter of a chunk. Idle pipes stay as they are.
+const PIPE_SIZE: usize = 2 * CHUNK as usize;
 
 /// An owned descriptor and how it can be waited for.
 #[derive(Debug)]
@@ -17,6 +22,7 @@ pub struct HostEnd {
     fd: Arc<OwnedFd>,
     key: u64,
     watch: Watch,
+    is_enlarged: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +58,7 @@ impl HostEnd {
             fd: Arc::new(fd),
             key,
             watch: Watch::None,
+            is_enlarged: false,
         })
     }
 
@@ -83,7 +90,7 @@ impl HostEnd {
     /// # Errors
     /// The other end is gone or the file cannot grow. What was written before is lost to the
     /// count: the first element says how much.
-    pub fn write(&self, bytes: &[u8]) -> (usize, io::Result<()>) {
+    pub fn write(&mut self, bytes: &[u8]) -> (usize, io::Result<()>) {
         let mut written = 0;
         while let Some(rest) = bytes.get(written..)
             && !rest.is_empty()
@@ -92,11 +99,22 @@ impl HostEnd {
                 Ok(0) => return (written, Err(io::ErrorKind::WriteZero.into())),
                 Ok(count) => written += count,
                 Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if self.enlarge() => {}
                 Err(Errno::AGAIN) => break,
                 Err(errno) => return (written, Err(errno.into())),
             }
         }
         (written, Ok(()))
+    }
+
+    /// Whether there is more room now.
+    fn enlarge(&mut self) -> bool {
+        if std::mem::replace(&mut self.is_enlarged, true) {
+            return false;
+        }
+        // Refused for what is no pipe, and past the user's limit: both are fine.
+        rustix::pipe::fcntl_getpipe_size(&self.fd).is_ok_and(|size| size < PIPE_SIZE)
+            && rustix::pipe::fcntl_setpipe_size(&self.fd, PIPE_SIZE).is_ok()
     }
 
     /// Read once. `None` when that would block, `Some(0)` at end of file.

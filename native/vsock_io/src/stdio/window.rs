@@ -39,8 +39,7 @@ impl Backlog {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// The first `count` waiting bytes were written. Memory is given back when none is left: most
-    /// streams are idle most of the time.
+    /// The first `count` waiting bytes were written.
     pub fn consume(&mut self, count: usize) {
         self.start = self.bytes.len().min(self.start + count);
         if self.is_empty() {

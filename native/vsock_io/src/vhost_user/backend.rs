@@ -164,9 +164,17 @@ fn private(file: &File) -> ProtocolResult<()> {
 fn map_region(region: &VhostUserMemoryRegion, file: File) -> ProtocolResult<GuestRegionMmap> {
     private(&file)?;
     let size = usize::try_from(region.memory_size).map_err(|_| ProtocolError::InvalidParam)?;
-    // Checks that the file is long enough, so that no access faults later.
-    let mapping =
-        MmapRegion::from_file(FileOffset::new(file, region.mmap_offset), size).map_err(|_| ProtocolError::InvalidParam)?;
+    // A mapping past the end of its file would fault on access.
+    let file_len = file
+        .metadata()
+        .map_err(ProtocolError::ReqHandlerError)?
+        .len();
+    let end = region.mmap_offset.checked_add(region.memory_size);
+    if end.is_none_or(|end| end > file_len) {
+        return Err(ProtocolError::InvalidParam);
+    }
+    let mapping = MmapRegion::from_file(FileOffset::new(file, region.mmap_offset), size)
+        .map_err(|_| ProtocolError::InvalidParam)?;
     GuestRegionMmap::new(mapping, GuestAddress(region.guest_phys_addr))
         .ok_or(ProtocolError::InvalidParam)
 }

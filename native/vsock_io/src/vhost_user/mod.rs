@@ -74,9 +74,8 @@ impl VhostUserVsock {
         let slot = Arc::clone(&source);
         reactor.post(move |registry| {
             let id = registry.add(DeviceSource {
-                device,
+                device: Some(device),
                 closed_token,
-                is_reported: false,
             });
             // Set once, here.
             let _result = slot.set(id);
@@ -102,8 +101,7 @@ impl VhostUserVsock {
                 return;
             };
             registry.with(id, |source: &mut DeviceSource, context| {
-                source.report(context, Code::CANCELLED, "the device was closed".to_owned());
-                context.remove();
+                source.end(context, Code::CANCELLED, "the device was closed".to_owned());
             });
         });
     }
@@ -114,14 +112,16 @@ const DEVICE_KEY: u64 = 0;
 
 /// The device as a part of the I/O thread.
 struct DeviceSource {
-    device: Device,
+    /// `None` once it has ended and was reported.
+    device: Option<Device>,
     closed_token: u64,
-    is_reported: bool,
 }
 
 impl DeviceSource {
-    fn report(&mut self, context: &Context<'_>, code: Code, message: String) {
-        if !std::mem::replace(&mut self.is_reported, true) {
+    /// Take the device down, then tell: whoever hears of it finds its paths gone.
+    fn finish(&mut self, context: &Context<'_>, code: Code, message: String) {
+        if let Some(device) = self.device.take() {
+            drop(device);
             let token = self.closed_token;
             context.sink().complete(Completion {
                 token,
@@ -132,8 +132,16 @@ impl DeviceSource {
         }
     }
 
+    fn end(&mut self, context: &mut Context<'_>, code: Code, message: String) {
+        context.remove();
+        self.finish(context, code, message);
+    }
+
     fn run(&mut self, context: &mut Context<'_>) {
-        match self.device.run() {
+        let Some(device) = &mut self.device else {
+            return;
+        };
+        match device.run() {
             Ok(turn) => {
                 let next = if turn.has_more {
                     Some(Instant::now())
@@ -153,8 +161,7 @@ impl DeviceSource {
                     | DeviceError::Queue { .. }
                     | DeviceError::System { .. } => Code::INTERNAL,
                 };
-                self.report(context, code, chain_text(&error));
-                context.remove();
+                self.end(context, code, chain_text(&error));
             }
         }
     }
@@ -162,13 +169,13 @@ impl DeviceSource {
 
 impl Source for DeviceSource {
     fn started(&mut self, context: &mut Context<'_>) {
-        if let Err(error) = context.watch(DEVICE_KEY, self.device.epoll(), Interest::READ) {
-            self.report(
+        let Some(device) = &self.device else { return };
+        if let Err(error) = context.watch(DEVICE_KEY, device.epoll(), Interest::READ) {
+            self.end(
                 context,
                 Code::INTERNAL,
                 format!("watch the device: {error}"),
             );
-            context.remove();
         }
     }
 
@@ -181,22 +188,13 @@ impl Source for DeviceSource {
     }
 
     fn stopped(&mut self, reason: &StopReason, context: &mut Context<'_>) {
-        match reason {
-            StopReason::Closed => {
-                self.report(
-                    context,
-                    Code::CANCELLED,
-                    "the I/O thread was closed".to_owned(),
-                );
-            }
+        let (code, message) = match reason {
+            StopReason::Closed => (Code::CANCELLED, "the I/O thread was closed".to_owned()),
             StopReason::Panicked(text) => {
-                self.report(
-                    context,
-                    Code::INTERNAL,
-                    format!("the device panicked: {text}"),
-                );
+                (Code::INTERNAL, format!("the device panicked: {text}"))
             }
-        }
+        };
+        self.finish(context, code, message);
     }
 }
 

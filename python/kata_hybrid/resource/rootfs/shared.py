@@ -7,7 +7,7 @@ import contextlib
 import os
 from pathlib import Path, PurePosixPath
 
-from kata_hybrid.errors import InvalidArgumentError, KataError
+from kata_hybrid.errors import FailedPreconditionError, InvalidArgumentError, KataError
 from kata_hybrid.resource import mount
 from kata_hybrid.resource.share_fs.base import SharedFolder
 from kata_hybrid.types import GuestStorage, Mount
@@ -30,7 +30,11 @@ class SharedRootfs:
         self.guest_path = os.fspath(folder.guest_path / relative)
         self._target = folder.host_path / relative
         self._mounted: list[Path] = []
-        self._target.mkdir(parents=True, mode=0o755)
+        try:
+            self._target.mkdir(parents=True, mode=0o755)
+        except OSError as exc:
+            message = f"make mount point {self._target}: {exc.strerror}"
+            raise FailedPreconditionError(message) from exc
         try:
             if not mounts:
                 mount.bind(self._existing(root_path), self._target, is_read_only=False)
@@ -55,11 +59,16 @@ class SharedRootfs:
         if not target.strip("/"):
             return self._target
         root = self._target.resolve()
-        place = (root / target.lstrip("/")).resolve()
-        if not place.is_relative_to(root):
-            message = f"rootfs mount target {target!r} leaves the root file system"
-            raise InvalidArgumentError(message)
-        place.mkdir(parents=True, exist_ok=True, mode=0o755)
+        try:
+            place = (root / target.lstrip("/")).resolve()
+            if not place.is_relative_to(root):
+                message = f"rootfs mount target {target!r} leaves the root file system"
+                raise InvalidArgumentError(message)
+            place.mkdir(parents=True, exist_ok=True, mode=0o755)
+        except (OSError, RuntimeError, ValueError) as exc:
+            # pathlib reports a loop of symlinks as RuntimeError, a NUL as ValueError.
+            message = f"rootfs mount target {target!r} cannot be made a folder"
+            raise InvalidArgumentError(message) from exc
         return place
 
     def release(self) -> None:

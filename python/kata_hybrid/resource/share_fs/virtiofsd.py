@@ -246,12 +246,15 @@ async def _end(daemon: Process) -> None:
 
 
 def _listening_socket(path: Path) -> socket.socket:
+    # Left by a shim that was killed: the folder is ours alone.
+    path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(os.fspath(path))
         path.chmod(0o600)
         listener.listen(1)
-    except BaseException:
+    except OSError as error:
         listener.close()
-        raise
+        operation = f"listen on {path}"
+        raise VmmError(operation, str(error)) from error
     return listener

@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from kata_hybrid.errors import InvalidSpecError, KataError
+from kata_hybrid.errors import FailedPreconditionError, InvalidSpecError, KataError
 from kata_hybrid.resource import mount
 from kata_hybrid.resource.share_fs.base import SharedFolder
 
 _GUEST_OWN: Final = ("/dev", "/proc", "/sys")
 GUEST_SHM: Final = "/run/kata-containers/sandbox/shm"
+_MAX_SHOWN: Final = 32
+"""Characters of a source's name to be recognised by: at most 128 bytes."""
 
 
 class BindVolumes:
@@ -42,11 +44,25 @@ class BindVolumes:
             return GUEST_SHM
         if _is_below(source, _GUEST_OWN):
             return source
+        if not source:
+            message = f"mount {destination}: a bind needs a source"
+            raise InvalidSpecError(message)
         path = Path(source)
-        relative = PurePosixPath(
-            "passthrough", f"{self._name}-{len(self._targets)}-{path.name or 'root'}"
-        )
+        # No id holds a '+', so no container's name is another's volume. Cut to fit a file name.
+        name = f"{self._name}+{len(self._targets)}+{path.name[:_MAX_SHOWN] or 'root'}"
+        relative = PurePosixPath("passthrough", name)
         target = self._folder.host_path / relative
+        try:
+            self._make_target(path, target, destination=destination)
+        except OSError as exc:
+            message = f"mount {destination}: share {source}: {exc.strerror}"
+            raise FailedPreconditionError(message) from exc
+        self._targets.append(target)
+        mount.bind(path, target, is_read_only=is_read_only)
+        return os.fspath(self._folder.guest_path / relative)
+
+    @staticmethod
+    def _make_target(path: Path, target: Path, *, destination: str) -> None:
         if path.is_dir():
             target.mkdir(parents=True, mode=0o755)
         elif path.is_file():
@@ -54,11 +70,8 @@ class BindVolumes:
             target.touch(mode=0o644)
         else:
             problem = "is neither a file nor a folder" if path.exists() else "does not exist"
-            message = f"mount {destination}: source {source} {problem} on this host"
+            message = f"mount {destination}: source {path} {problem} on this host"
             raise InvalidSpecError(message)
-        self._targets.append(target)
-        mount.bind(path, target, is_read_only=is_read_only)
-        return os.fspath(self._folder.guest_path / relative)
 
     def release(self) -> None:
         """Unmount all and remove the mount points. Idempotent."""

@@ -4,7 +4,6 @@ Paths become guest paths; what only has a meaning on the host (namespace paths, 
 pinning, host hooks) is left out. Follows what Kata's runtimes send, so either agent understands it.
 """
 
-import copy
 from typing import Final
 
 from kata_hybrid.runtimes.oci.kind import container_kind
@@ -35,9 +34,9 @@ def guest_spec(
         bundle: the bundle folder, told to the agent in an annotation.
         is_seccomp_disabled: leave the seccomp profile out.
     """
-    guest = copy.deepcopy(spec.raw)
-    root = as_object(guest["root"], "root")
-    root["path"] = root_path
+    # Copied as deep as it is changed: how deep the rest goes is the user's choice.
+    guest = dict(spec.raw)
+    guest["root"] = {**as_object(guest["root"], "root"), "path": root_path}
     guest["mounts"] = [mount.to_json() for mount in mounts]
     guest["hooks"] = _guest_hooks(guest.get("hooks"))
     guest["annotations"] = {
@@ -45,10 +44,10 @@ def guest_spec(
         "io.katacontainers.pkg.oci.container_type": container_kind(spec.annotations),
         "io.katacontainers.pkg.oci.bundle_path": bundle,
     }
-    process = as_object(guest["process"], "process")
+    guest["process"] = process = dict(as_object(guest["process"], "process"))
     process.pop("apparmorProfile", None)
     process.pop("selinuxLabel", None)
-    linux = as_object(guest.setdefault("linux", {}), "linux")
+    guest["linux"] = linux = dict(as_object(guest.get("linux") or {}, "linux"))
     linux.pop("mountLabel", None)
     if is_seccomp_disabled:
         linux.pop("seccomp", None)

@@ -83,8 +83,10 @@ class Container:
     def _guest_mount(self, mount: SpecMount) -> SpecMount:
         if not mount.is_bind:
             return mount
+        # A relative source is relative to the bundle (config.md, "Mounts"); an empty one stays so.
+        path = str(self.request.bundle / mount.source) if mount.source else ""
         source = self._volumes.add(
-            mount.source, destination=mount.destination, is_read_only=mount.is_read_only
+            path, destination=mount.destination, is_read_only=mount.is_read_only
         )
         return SpecMount(
             destination=mount.destination, type="bind", source=source, options=mount.options

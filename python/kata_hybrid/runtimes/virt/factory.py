@@ -63,8 +63,9 @@ class VirtGuestFactory:
         if config.runtime.name != RUNTIME_NAME:
             message = f"runtime.name {config.runtime.name!r}: only {RUNTIME_NAME!r} is implemented"
             raise UnimplementedError(message)
-        if config.runtime.is_debug:
-            logging.getLogger().setLevel(logging.DEBUG)
+        if not logging.getLogger().isEnabledFor(logging.DEBUG):
+            # containerd's -debug wins over the file.
+            logging.getLogger().setLevel(config.runtime.logging_level)
         # The cache of findings lies in the run root, two folders above a sandbox's own.
         report = await probe_host(
             config.qemu, reaper=self._reaper, run_root=self._run_dir.parent.parent

@@ -6,8 +6,7 @@
 
 This class alone changes the state of containers and processes, on the loop thread. A request that
 changes a process holds that process's lock; State, Pids and Connect read memory and take none, so
-they answer while the guest hangs. Each process has one watcher, which reports its exit once. When
-the guest is lost every process is ended with status 255, so nobody waits for ever.
+they answer while the guest hangs. Exits are watched and reported by ``exits.py``.
 """
 
 import asyncio
@@ -40,7 +39,6 @@ from kata_hybrid.runtimes.base import (
     ExecStarted,
     TaskCreated,
     TaskDeleted,
-    TaskExited,
     TaskOom,
     TaskPaused,
     TaskResumed,
@@ -49,7 +47,8 @@ from kata_hybrid.runtimes.base import (
 from kata_hybrid.runtimes.oci import spec as oci_spec
 from kata_hybrid.runtimes.oci.rewrite import guest_resources
 from kata_hybrid.runtimes.virt.container import Container, Preparer, prepare
-from kata_hybrid.runtimes.virt.guest import WAIT_KEEPS_OUTPUT, Guest
+from kata_hybrid.runtimes.virt.exits import KILLED_STATUS, LOST_STATUS, Exits
+from kata_hybrid.runtimes.virt.guest import Guest
 from kata_hybrid.runtimes.virt.process import Process
 from kata_hybrid.types import (
     ContainerId,
@@ -67,13 +66,6 @@ _log = logging.getLogger(__name__)
 SIGKILL: Final = 9
 _ENDING_SIGNALS: Final = frozenset({SIGKILL, 15})
 """The agent turns SIGTERM for a process that cannot handle it into SIGKILL."""
-LOST_STATUS: Final = 255
-"""Exit status of a process whose guest is gone."""
-KILLED_STATUS: Final = 137
-DRAIN_TIMEOUT_S: Final = 5.0
-"""How long a delete waits for output that nobody reads."""
-EXEC_END_TIMEOUT_S: Final = 2.0
-"""Execs die with their container; how long their own exits may take to arrive first."""
 
 
 class SandboxState(Enum):
@@ -121,6 +113,7 @@ class VirtSandbox:
         self._store = store
         self._events = events
         self._supervisor = Supervisor("sandbox")
+        self._exits = Exits(events, pid=self._task_pid)
         self._state = SandboxState.EMPTY
         self._guest: Guest | None = None
         self._containers: dict[ContainerId, Container] = {}
@@ -140,10 +133,10 @@ class VirtSandbox:
         self._creating.add(container_id)
         try:
             async with self._create_lock:
-                container = await self._create(request, spec)
+                await self._create(request, spec)
         finally:
             self._creating.discard(container_id)
-        return self._pid(container)
+        return self._task_pid()
 
     async def _create(self, request: CreateRequest, spec: oci_spec.Spec) -> Container:
         async with contextlib.AsyncExitStack() as undo:
@@ -173,7 +166,7 @@ class VirtSandbox:
                 bundle=str(request.bundle),
                 rootfs=request.rootfs,
                 stdio=request.stdio,
-                pid=self._pid(container),
+                pid=self._task_pid(),
             )
         )
         return container
@@ -204,32 +197,27 @@ class VirtSandbox:
         process = container.find(exec_id)
         async with process.lock:
             process.request("start")
+            guest = self._ready_guest()
             try:
                 if exec_id is None:
-                    await self._start_container(container, process)
+                    await self._start_container(guest, container, process)
                 else:
-                    await self._start_exec(container, process, exec_id)
+                    await self._start_exec(guest, container, process, exec_id)
             except BaseException:
                 process.end(LOST_STATUS)
                 process.release()
                 raise
-            self._start_watching(container, process)
-        return self._pid(container)
+            self._exits.watch(guest, container, process)
+        return self._task_pid()
 
-    def _start_watching(self, container: Container, process: Process) -> None:
-        if process.watcher is None:
-            process.watcher = self._supervisor.start(
-                self._watch(self._ready_guest(), container, process), name=f"watcher of {process}"
-            )
-
-    async def _start_container(self, container: Container, process: Process) -> None:
-        guest = self._ready_guest()
+    async def _start_container(self, guest: Guest, container: Container, process: Process) -> None:
         await guest.agent.start_container(container.id)
         await self._run(guest, process)
-        self._events.emit(TaskStarted(container_id=container.id, pid=self._pid(container)))
+        self._events.emit(TaskStarted(container_id=container.id, pid=self._task_pid()))
 
-    async def _start_exec(self, container: Container, process: Process, exec_id: ExecId) -> None:
-        guest = self._ready_guest()
+    async def _start_exec(
+        self, guest: Guest, container: Container, process: Process, exec_id: ExecId
+    ) -> None:
         if container.process.is_stopped:
             message = f"container {container.id} init process is not running"
             raise FailedPreconditionError(message)
@@ -237,7 +225,7 @@ class VirtSandbox:
         await guest.agent.exec_process(container.id, exec_id, process=container.exec_specs[exec_id])
         await self._run(guest, process)
         self._events.emit(
-            ExecStarted(container_id=container.id, exec_id=exec_id, pid=self._pid(container))
+            ExecStarted(container_id=container.id, exec_id=exec_id, pid=self._task_pid())
         )
 
     async def _run(self, guest: Guest, process: Process) -> None:
@@ -278,47 +266,6 @@ class VirtSandbox:
 
     # --- exit -------------------------------------------------------------------------------
 
-    async def _watch(self, guest: Guest, container: Container, process: Process) -> None:
-        """Wait for a process in the guest to end and report it."""
-        keeps_output = WAIT_KEEPS_OUTPUT in guest.details.extra_features
-        status = LOST_STATUS
-        try:
-            if process.copies is not None and not keeps_output:
-                # This agent drops what is unread when the exit is collected: read to the end first.
-                await process.copies.drained()
-            status = await guest.agent.wait_process(process.container_id, process.exec_id)
-        except KataError as exc:
-            _log.warning("wait failed", extra={"process": str(process), "error": str(exc)})
-        await self._ended(container, process, status)
-
-    async def _ended(self, container: Container, process: Process, status: int) -> None:
-        if process.exec_id is None:
-            await self._end_execs(container)
-        async with process.lock:
-            ended = process.end(status)
-        if ended is not None:
-            self._events.emit(
-                TaskExited(
-                    container_id=process.container_id,
-                    exec_id=process.exec_id,
-                    pid=self._pid(container),
-                    exit=ended,
-                )
-            )
-
-    async def _end_execs(self, container: Container) -> None:
-        """Report every exec's exit before its container's."""
-        running = [
-            process.watcher
-            for process in container.execs.values()
-            if process.watcher is not None and not process.is_stopped
-        ]
-        if running:
-            await asyncio.wait(running, timeout=EXEC_END_TIMEOUT_S)
-        for process in container.execs.values():
-            if process.watcher is not None and not process.is_stopped:
-                await self._ended(container, process, KILLED_STATUS)
-
     async def _watch_guest(self, guest: Guest) -> None:
         reason = await guest.lost()
         if self._state is not SandboxState.READY:
@@ -327,19 +274,9 @@ class VirtSandbox:
         _log.error("guest lost", extra={"reason": reason, "console": guest.console_tail()})
         # First, so that no request goes on waiting for it.
         await guest.stop()
-        await self._end_all()
+        await self._exits.end_all(list(self._containers.values()))
         with contextlib.suppress(KataError):
             self._store.update(processes=())
-
-    async def _end_all(self) -> None:
-        for container in list(self._containers.values()):
-            for process in (*container.execs.values(), container.process):
-                if process.copies is not None:
-                    process.copies.stop()
-                if process.watcher is not None or process.exec_id is None:
-                    await self._ended(container, process, LOST_STATUS)
-                else:
-                    process.end(LOST_STATUS)
 
     async def _watch_oom(self, guest: Guest) -> None:
         """Report memory kills for as long as the guest answers."""
@@ -373,7 +310,7 @@ class VirtSandbox:
         guest = self._ready_guest()
         if signal in _ENDING_SIGNALS:
             # A process created but not started has nobody else to see it end.
-            self._start_watching(container, process)
+            self._exits.watch(guest, container, process)
         target = None if is_all else exec_id
         try:
             await guest.agent.signal_process(container_id, target, signal)
@@ -383,20 +320,8 @@ class VirtSandbox:
             # A guest that no longer answers is ended from outside.
             await guest.stop()
             return
-        if signal == SIGKILL and process.copies is not None:
-            self._supervisor.start(self._bound_drain(process), name=f"drain of {process}")
-
-    async def _bound_drain(self, process: Process) -> None:
-        """After a kill, give readers a while; then the exit must not wait for them."""
-        copies = process.copies
-        if copies is None:
-            return
-        try:
-            async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                await copies.drained()
-        except TimeoutError:
-            _log.warning("output dropped: nobody reads it", extra={"process": str(process)})
-            copies.stop()
+        if signal == SIGKILL:
+            self._exits.bound_drain(process)
 
     async def pause(self, container_id: ContainerId) -> None:
         """Freeze a container."""
@@ -470,14 +395,14 @@ class VirtSandbox:
                 message = f"container {container_id} not found"
                 raise ContainerNotFoundError(message)
             process.request("delete")
-            pid = self._pid(container)
+            pid = self._task_pid()
             ended = process.exit
             if ended is None:
                 ended = process.end(KILLED_STATUS)
             if ended is None:
                 message = f"{process} has no exit"
                 raise AssertionError(message)
-            await self._drain(process)
+            await self._exits.drain(process)
             process.release()
             if exec_id is None:
                 await self._delete_container(container, pid, ended)
@@ -489,7 +414,7 @@ class VirtSandbox:
     async def _delete_container(self, container: Container, pid: int, ended: ExitInfo) -> None:
         if self._guest is not None and self._state is SandboxState.READY:
             await container.remove(self._guest.agent)
-        await self._end_execs(container)
+        await self._exits.end_execs(container)
         for process in container.execs.values():
             # Registered and never started: wake who waits for it.
             process.end(KILLED_STATUS)
@@ -503,20 +428,13 @@ class VirtSandbox:
         if self.is_empty:
             await self.close()
 
-    async def _drain(self, process: Process) -> None:
-        if process.copies is not None:
-            try:
-                async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                    await process.copies.drained()
-            except TimeoutError:
-                _log.warning("output dropped: nobody reads it", extra={"process": str(process)})
-
     async def close(self) -> None:
         """End the guest and release everything. Idempotent."""
         if self._state is SandboxState.CLOSED:
             return
         self._state = SandboxState.CLOSED
-        await self._end_all()
+        await self._exits.end_all(list(self._containers.values()))
+        await self._exits.close()
         await self._supervisor.close()
         if self._guest is not None:
             await self._guest.stop()
@@ -531,7 +449,7 @@ class VirtSandbox:
     def state(self, container_id: ContainerId, exec_id: ExecId | None) -> ProcessState:
         """Describe a process."""
         container = self._container(container_id)
-        return container.find(exec_id).describe(pid=self._pid(container))
+        return container.find(exec_id).describe(pid=self._task_pid())
 
     def execs(self, container_id: ContainerId) -> tuple[ExecId, ...]:
         """List the execs of a container."""
@@ -540,14 +458,14 @@ class VirtSandbox:
     def task_pid(self, container_id: ContainerId) -> int:
         """Return the pid that stands for a container, 0 if it is not there."""
         container = self._containers.get(container_id)
-        return 0 if container is None else self._pid(container)
+        return 0 if container is None else self._task_pid()
 
     @property
     def is_empty(self) -> bool:
         """No container is there or on its way."""
         return not self._containers and not self._creating
 
-    def _pid(self, _container: Container) -> int:
+    def _task_pid(self) -> int:
         return 0 if self._guest is None else self._guest.task_pid
 
     def _container(self, container_id: ContainerId) -> Container:

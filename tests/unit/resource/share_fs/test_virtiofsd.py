@@ -17,6 +17,7 @@ from kata_hybrid.resource.share_fs.virtiofsd import (
     build_arguments,
     virtiofsd_settings,
 )
+from open_descriptors import is_alive, open_descriptors
 
 DEADLINE_S = 20.0
 READY = "echo 'Waiting for vhost-user socket connection...' >&2\n"
@@ -76,17 +77,17 @@ def serve(tmp_path: Path, settings: VirtiofsdSettings, use: Use) -> None:
             settings=settings,
             reaper=reaper,
         )
-        before = set(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         try:
             async with asyncio.timeout(DEADLINE_S):
                 await use(share)
         finally:
             await share.stop()
             reaper.close()
-        assert set(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors() == before
         assert not share.device.socket_path.exists()
         for process in share.processes:
-            assert not Path(f"/proc/{process.pid}").exists()
+            assert not is_alive(process.pid)
 
     asyncio.run(main())
 

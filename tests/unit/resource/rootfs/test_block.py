@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from kata_hybrid.resource.rootfs.block import BlockRootfs, is_block_rootfs
+from kata_hybrid.types import BlockDevice, GuestStorage, Mount
+
+ROOT = "/run/kata-containers/shared/containers/passthrough/c1/rootfs"
+
+
+def image(folder: Path) -> str:
+    path = folder / "image"
+    path.touch()
+    return str(path)
+
+
+def test_an_image_file_to_be_looped_is_a_disk(tmp_path: Path) -> None:
+    assert is_block_rootfs((Mount(type="ext4", source=image(tmp_path), options=("loop",)),))
+
+
+def test_an_image_file_without_loop_is_none(tmp_path: Path) -> None:
+    assert not is_block_rootfs((Mount(type="ext4", source=image(tmp_path)),))
+
+
+@pytest.mark.parametrize("kind", ["overlay", "bind", "tmpfs", ""])
+def test_other_file_systems_are_none(kind: str, tmp_path: Path) -> None:
+    assert not is_block_rootfs((Mount(type=kind, source=image(tmp_path), options=("loop",)),))
+
+
+def test_a_missing_source_is_none(tmp_path: Path) -> None:
+    assert not is_block_rootfs((Mount(type="ext4", source=str(tmp_path / "x"), options=("loop",)),))
+
+
+def test_a_folder_or_a_character_device_is_none(tmp_path: Path) -> None:
+    assert not is_block_rootfs((Mount(type="ext4", source=str(tmp_path), options=("loop",)),))
+    assert not is_block_rootfs((Mount(type="ext4", source="/dev/null"),))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_one_file_system_is_needed(count: int, tmp_path: Path) -> None:
+    entry = Mount(type="ext4", source=image(tmp_path), options=("loop",))
+    assert not is_block_rootfs((entry,) * count)
+
+
+@pytest.mark.parametrize(("options", "is_read_only"), [(("loop", "ro"), True), (("rw",), False)])
+def test_the_disk_is_read_only_as_the_mount_is(
+    options: tuple[str, ...], *, is_read_only: bool
+) -> None:
+    rootfs = BlockRootfs(
+        Mount(type="ext4", source="/image", options=options), name="c1", serial="rootfs"
+    )
+    assert rootfs.disk == BlockDevice(id="rootfs", path=Path("/image"), is_read_only=is_read_only)
+
+
+def test_the_agent_mounts_the_disk_where_it_was_attached() -> None:
+    entry = Mount(type="ext4", source="/image", options=("loop", "rw", "noatime"))
+    rootfs = BlockRootfs(entry, name="c1", serial="rootfs")
+    assert rootfs.storages == ()
+    rootfs.attached("02/03")
+    assert rootfs.storages == (
+        GuestStorage(
+            driver="blk", source="02/03", fstype="ext4", options=("noatime",), mount_point=ROOT
+        ),
+    )
+    assert rootfs.guest_path == ROOT
+
+
+def test_xfs_is_mounted_though_its_uuid_may_be_known() -> None:
+    rootfs = BlockRootfs(Mount(type="xfs", source="/image"), name="c1", serial="rootfs")
+    rootfs.attached("02")
+    assert rootfs.storages[0].options == ("nouuid",)
+
+
+def test_release_repeats() -> None:
+    rootfs = BlockRootfs(Mount(type="xfs", source="/image"), name="c1", serial="rootfs")
+    rootfs.release()
+    rootfs.release()
