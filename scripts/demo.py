@@ -128,7 +128,6 @@ def demonstrate(report: Report, screen: Screen, *, install: ContainerdInstall) -
         home=home,
         namespace="kata-hybrid-demo",
         shim_dir=BIN,
-        environment={"KATA_CONF_FILE": os.fspath(CONFIGURATION)},
     )
     try:
         with report.stage("start containerd"):
@@ -186,7 +185,11 @@ def choose_hypervisor(report: Report) -> None:
 def run_container(report: Report, screen: Screen, daemon: Containerd) -> None:
     """Run one container in the foreground, timing it by containerd's own events."""
     containers = Containers(
-        daemon, runtime=KATA_RUNTIME, image=IMAGE_NAME, boot_timeout_s=_BOOT_TIMEOUT_S
+        daemon,
+        runtime=KATA_RUNTIME,
+        image=IMAGE_NAME,
+        boot_timeout_s=_BOOT_TIMEOUT_S,
+        configuration=CONFIGURATION,
     )
     before = take_census(daemon)
     with EventWatcher(daemon) as events:

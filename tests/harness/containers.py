@@ -35,12 +35,24 @@ class Containers:
     """One runtime on one daemon."""
 
     def __init__(
-        self, containerd: Containerd, *, runtime: str, image: str, boot_timeout_s: float
+        self,
+        containerd: Containerd,
+        *,
+        runtime: str,
+        image: str,
+        boot_timeout_s: float,
+        configuration: Path | None = None,
     ) -> None:
         self.containerd = containerd
         self.runtime = runtime
         self.image = image
         self.boot_timeout_s = boot_timeout_s
+        # As the option ConfigPath, which is how containerd's own configuration names it.
+        self._options = (
+            ["--runtime-config-path", str(configuration)]
+            if configuration is not None and self.is_virtual
+            else []
+        )
 
     @property
     def is_virtual(self) -> bool:
@@ -58,7 +70,7 @@ class Containers:
         target = [] if "--rootfs" in options else [self.image]
         fifos = ["--fifo-dir", str(self.containerd.fifo_dir)]
         return [
-            *("run", "--runtime", self.runtime, *fifos, *options),
+            *("run", "--runtime", self.runtime, *self._options, *fifos, *options),
             *(*target, container_id, *command),
         ]
 

@@ -19,6 +19,8 @@ root = "{home}/root"
 state = "{home}/state"
 temp = "{home}/tmp"
 disabled_plugins = [{disabled}]
+[debug]
+  level = "warn"
 [grpc]
   address = "{home}/c.sock"
 [ttrpc]
@@ -34,6 +36,8 @@ state = "{home}/state"
 temp = "{home}/tmp"
 imports = []
 disabled_plugins = [{disabled}]
+[debug]
+  level = "warn"
 [plugins."io.containerd.server.v1.grpc"]
   address = "{home}/c.sock"
 [plugins."io.containerd.server.v1.ttrpc"]

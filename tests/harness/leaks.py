@@ -14,6 +14,8 @@ from harness.daemon import Containerd
 from harness.deadline import DeadlineError, wait_until
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_HOST_CACHE = "host.json"
+"""What the shim found out about the host; it belongs to no sandbox and is meant to stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +150,7 @@ def _files(containerd: Containerd) -> list[str]:
             # Rooted file systems and shared folders are counted as mounts; don't walk into them.
             names[:] = [name for name in names if name not in {"rootfs", "shared"}]
             below = Path(directory)
-            found += [os.fspath(below / name) for name in files]
+            found += [os.fspath(below / name) for name in files if name != _HOST_CACHE]
             if below not in (root, containerd.run_dir / "sb"):
                 found.append(directory)
     return found

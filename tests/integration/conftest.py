@@ -70,17 +70,15 @@ def shim_dir(runtime: str) -> Path | None:
 
 @pytest.fixture(scope="session")
 def configuration(shim_dir: Path | None) -> Path:
-    """The configuration.toml that set-up wrote: the guest image it built, 512 MiB."""
-    path = BUILD / "guest" / "configuration.toml"
+    """What ``KATA_CONF_FILE`` names, or set-up wrote: the guest it built, 512 MiB."""
+    path = Path(os.environ.get("KATA_CONF_FILE", BUILD / "guest" / "configuration.toml"))
     if shim_dir is not None and not path.exists():
         pytest.skip(f"no {path}: run make setup")
     return path
 
 
 @pytest.fixture(scope="session")
-def containerd(
-    install: ContainerdInstall, shim_dir: Path | None, configuration: Path
-) -> Iterator[Containerd]:
+def containerd(install: ContainerdInstall, shim_dir: Path | None) -> Iterator[Containerd]:
     """A private daemon with the test image in it."""
     if os.geteuid() != 0:
         pytest.skip("containerd needs root")
@@ -93,7 +91,6 @@ def containerd(
         home=home,
         namespace=f"{home.name}-ns",
         shim_dir=shim_dir,
-        environment={"KATA_CONF_FILE": os.fspath(configuration)},
     )
     try:
         daemon.start()
@@ -116,8 +113,14 @@ def daemon(containerd: Containerd) -> Containerd:
 
 
 @pytest.fixture(scope="session")
-def containers(containerd: Containerd, runtime: str) -> Containers:
-    return Containers(containerd, runtime=runtime, image=IMAGE_NAME, boot_timeout_s=90)
+def containers(containerd: Containerd, runtime: str, configuration: Path) -> Containers:
+    return Containers(
+        containerd,
+        runtime=runtime,
+        image=IMAGE_NAME,
+        boot_timeout_s=90,
+        configuration=configuration,
+    )
 
 
 @pytest.fixture

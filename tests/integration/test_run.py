@@ -192,13 +192,6 @@ def test_output_before_input_is_not_held_back(containers: Containers) -> None:
         assert process.wait(30) == 0
 
 
-def test_configuration_can_be_named_on_the_command_line(
-    vm_containers: Containers, configuration: Path
-) -> None:
-    options = ["--runtime-config-path", os.fspath(configuration)]
-    assert vm_containers.run("echo", "configured", options=options).text == "configured"
-
-
 def test_absent_configuration_is_named_in_the_error(
     vm_containers: Containers, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 //! pays: the call, the I/O thread, the event queue and the poll of its eventfd.
 
 #![allow(missing_docs, reason = "criterion's macros make public functions")]
+#![allow(clippy::unwrap_used, reason = "a failed run ends by panicking")]
 
 #[path = "../tests/support/mod.rs"]
 mod support;

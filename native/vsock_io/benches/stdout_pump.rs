@@ -3,6 +3,7 @@
 //! writes them to the same kind of FIFO. `splice` is that loop without the copy to user memory.
 
 #![allow(missing_docs, reason = "criterion's macros make public functions")]
+#![allow(clippy::unwrap_used, reason = "a failed run ends by panicking")]
 
 #[path = "../tests/support/mod.rs"]
 mod support;

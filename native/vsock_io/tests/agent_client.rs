@@ -1,5 +1,7 @@
 //! The agent's client against an agent that answers as a test says, well-behaved or hostile.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::os::unix::net::UnixStream;

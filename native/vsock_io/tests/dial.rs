@@ -1,5 +1,7 @@
 //! Dialling real Unix sockets: listeners that come late, answer oddly, or never.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::io::{Read, Write};

@@ -1,5 +1,7 @@
 //! The I/O thread itself: order, timers, panics, closing.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::os::unix::net::UnixStream;

@@ -1,5 +1,7 @@
 //! Stdio copies over real FIFOs, pipes, sockets and files, with an agent that a test scripts.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::fs::File;

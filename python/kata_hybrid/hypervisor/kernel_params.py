@@ -1,10 +1,10 @@
 """The guest kernel's command line: ours, the agent's, then the user's, so that the user's win.
 
 Boot parameters are here because they gain something. Measured from exec to init under TCG (QEMU
-7.2, Debian's 6.1 cloud kernel, 2 GiB, best of 5 to 7 interleaved runs, seconds): 2.04 with none,
-1.82 with cryptomgr.notests, 1.62 with noreplace-smp too, 1.58 with the machine trimmed as well
-(``qemu_command``). No gain beyond the noise of 0.05: no_timer_check, tsc=reliable, i8042.*,
-8250.nr_uarts, mitigations=off, a CPU without la57, smap, xsave or pku, less memory.
+7.2, Debian's 6.1 cloud kernel, 2 GiB, best of 5 to 7 interleaved runs): 2.04 s with none, 1.58 s
+with both and the machine trimmed (``qemu_command``). No gain beyond the noise: no_timer_check,
+tsc=reliable, i8042.*, 8250.nr_uarts, mitigations=off, a CPU without la57, smap, xsave or pku, less
+memory.
 """
 
 from kata_hybrid.config.model import Config

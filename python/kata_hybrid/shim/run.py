@@ -132,6 +132,8 @@ def serve(arguments: Arguments) -> int:
     os.umask(0o022)
     is_child = not arguments.socket
     log.configure(fifo=Path("log") if is_child else None, is_debug=arguments.is_debug)
+    if arguments.unknown:
+        _LOG.warning("unknown flags ignored", extra={"flags": " ".join(arguments.unknown)})
     try:
         context = read_context(arguments)
         set_sandbox(context.sandbox_id)

@@ -201,6 +201,8 @@ class Starter:
             words += ["-publish-binary", arguments.publish_binary]
         if arguments.is_debug or (self._given.has_params and self._given.log_level <= _DEBUG_LEVEL):
             words.append("-debug")
+        # For the server's log: this action may not say anything.
+        words += arguments.unknown
         variables = dict(posix.environ)
         variables[address.ENV_SANDBOX_DIR.encode()] = self._folder.encode()
         variables[address.ENV_SANDBOX_ID.encode()] = self._group.id.encode()

@@ -298,6 +298,10 @@ class FakeAgent:
             raise failure
 
     async def _unless_gone(self, work: Coroutine[Any, Any, _T]) -> _T:
+        if self._gone.is_set():
+            work.close()
+            message = "connection to the fake agent is closed"
+            raise AgentUnavailableError(message)
         async with Supervisor("fake agent") as supervisor:
             gone = supervisor.start(self._gone.wait(), name="gone")
             task = supervisor.start(work, name="work")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import socket
 import struct
 import time
@@ -174,6 +175,16 @@ def test_grpc_is_announced_and_served(shim: Shim) -> None:
 def test_grpc_is_not_offered_to_a_daemon_that_cannot_be_told(shim: Shim) -> None:
     printed = shim.start(shim.bundle("c1"), container_id="c1", env={"KATA_HYBRID_PROTOCOL": "grpc"})
     assert printed.startswith(b"unix://")
+
+
+def test_an_unknown_flag_is_for_the_servers_log(shim: Shim) -> None:
+    bundle = shim.bundle("c1")
+    log = os.open(bundle / "log", os.O_RDONLY | os.O_NONBLOCK)
+    done = shim.run("-new-thing=1", "start", bundle=bundle, container_id="c1")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert select.select([log], [], [], 20)[0]
+    assert b'msg="unknown flags ignored"' in os.read(log, 1000)
+    os.close(log)
 
 
 def test_a_server_of_the_sandbox_api_needs_no_config(shim: Shim) -> None:

@@ -190,9 +190,7 @@ impl Source for DeviceSource {
     fn stopped(&mut self, reason: &StopReason, context: &mut Context<'_>) {
         let (code, message) = match reason {
             StopReason::Closed => (Code::CANCELLED, "the I/O thread was closed".to_owned()),
-            StopReason::Panicked(text) => {
-                (Code::INTERNAL, format!("the device panicked: {text}"))
-            }
+            StopReason::Panicked(text) => (Code::INTERNAL, format!("the device panicked: {text}")),
         };
         self.finish(context, code, message);
     }

@@ -1,6 +1,7 @@
 //! What the tests share: the I/O thread with a queue to wait on, and an agent that a test scripts
 //! frame by frame at the other end of a socket pair.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(unreachable_pub, reason = "shared by test binaries")]
 

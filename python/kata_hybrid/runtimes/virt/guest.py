@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 from kata_hybrid.agent.base import Agent
 from kata_hybrid.aio.supervisor import Supervisor
 from kata_hybrid.config.model import AgentConfig
-from kata_hybrid.errors import KataError, VmExitedError
+from kata_hybrid.errors import KataError, VmExitedError, VmmError
 from kata_hybrid.hypervisor.base import Hypervisor
 from kata_hybrid.resource.share_fs.base import SharedFolder, ShareFs
 from kata_hybrid.types import (
@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 WAIT_KEEPS_OUTPUT: Final = "wait-keeps-output"
 """The agent keeps unread output after an exit was collected, so exits need not wait for it."""
 HEALTH_INTERVAL_S: Final = 30.0
+_LAST_WORDS_S: Final = 1.0
+"""How much later than its effect the cause of a loss may be known."""
 DEFAULT_SHM_BYTES: Final = 64 << 20
 
 
@@ -153,7 +155,7 @@ class VirtGuest:
             await self._share_fs.start()
             self._hypervisor.add_shared_folder(self._share_fs.device)
             self._watch(self._share_fs.died(), name="shared folder")
-            await self._hypervisor.start()
+            await self._start_machine()
             self.task_pid = self._hypervisor.task_pid
             self._watch(self._machine_gone(), name="machine")
             on_processes((*self._hypervisor.processes, *self._share_fs.processes))
@@ -168,6 +170,15 @@ class VirtGuest:
             raise
         self._watch(self._agent_gone(), name="agent")
         self._watch(self._unhealthy(), name="health")
+
+    async def _start_machine(self) -> None:
+        try:
+            await self._hypervisor.start()
+        except VmmError as exc:
+            # A shared folder that went away makes the machine fail: then that is the cause.
+            if reason := await _soon(self._share_fs.died()):
+                raise VmmError("serve shared folder", reason) from exc
+            raise
 
     async def _meet_agent(self, *, hostname: str, dns: tuple[str, ...]) -> None:
         address = self._hypervisor.agent_address
@@ -231,10 +242,7 @@ class VirtGuest:
     async def _agent_gone(self) -> str:
         await self.agent.closed()
         # A machine that ends takes the connection with it: prefer the machine's own reason.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                return await self._machine_gone()
-        return "connection to the guest agent closed"
+        return await _soon(self._machine_gone()) or "connection to the guest agent closed"
 
     async def _unhealthy(self) -> str:
         while True:
@@ -275,6 +283,14 @@ class VirtGuest:
         self._resources.close()
         if not self._lost.done():
             self._lost.set_result("stopped")
+
+
+async def _soon(reason: Coroutine[Any, Any, str]) -> str:
+    """Return a reason that is known within a moment, else nothing."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WORDS_S):
+            return await reason
+    return ""
 
 
 def _since_ms(began: float) -> int:

@@ -138,12 +138,13 @@ class VirtSandbox:
             self._creating.discard(container_id)
         return self._task_pid()
 
-    async def _create(self, request: CreateRequest, spec: oci_spec.Spec) -> Container:
+    async def _create(self, request: CreateRequest, spec: oci_spec.Spec) -> None:
         async with contextlib.AsyncExitStack() as undo:
             guest = self._guest
             if self._state is SandboxState.EMPTY:
                 guest = await self._guest_factory(request)
                 undo.push_async_callback(self.close)
+                undo.push_async_callback(guest.stop)
             elif guest is None or self._state is not SandboxState.READY:
                 message = f"sandbox is {self._state.value}: no container can be created in it"
                 raise FailedPreconditionError(message)
@@ -169,7 +170,6 @@ class VirtSandbox:
                 pid=self._task_pid(),
             )
         )
-        return container
 
     async def _boot(self, guest: Guest, spec: oci_spec.Spec) -> None:
         self._state = SandboxState.BOOTING

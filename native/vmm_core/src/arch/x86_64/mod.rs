@@ -1,0 +1,3 @@
+//! Intel and AMD, 64 bit.
+
+pub(crate) mod probe_guest;

@@ -1,0 +1,211 @@
+//! System-level KVM calls: opening `/dev/kvm`, making a machine, guest memory, and running a
+//! processor so that a signal ends the run.
+//!
+//! The only file that hands raw memory or signals to the kernel; each `unsafe` says why it is
+//! sound. Called by the probe on its own thread.
+
+#![expect(
+    unsafe_code,
+    reason = "memory slots, signal masks and exit records have no safe interface"
+)]
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use thiserror::Error;
+use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+
+/// Tries before a machine that signals keep from being made is given up.
+const CREATE_VM_TRIES: usize = 5;
+/// `KVM_SET_SIGNAL_MASK`: `_IOW(KVMIO, 0x8b, struct kvm_signal_mask)`.
+const KVM_SET_SIGNAL_MASK: libc::c_ulong = 0x4004_ae8b;
+/// Bytes of the kernel's signal set, as opposed to the C library's.
+const KERNEL_SIGSET_SIZE: u32 = 8;
+
+/// Why KVM could not be used.
+#[derive(Debug, Error)]
+pub enum KvmError {
+    /// the device file is not there
+    #[error("/dev/kvm does not exist: no KVM in this kernel, or its module is not loaded")]
+    Absent,
+    /// the device file may not be opened
+    #[error("/dev/kvm may not be opened by this user: permission denied")]
+    PermissionDenied,
+    /// the device file cannot be opened
+    #[error("open /dev/kvm: {0}")]
+    Open(#[source] kvm_ioctls::Error),
+    /// an API that nobody has seen since 2007
+    #[error("KVM API version is {0}, not {KVM_API_VERSION}")]
+    ApiVersion(i32),
+    /// a call failed
+    #[error("{name}: {source}")]
+    Call {
+        /// The ioctl.
+        name: &'static str,
+        /// The cause.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// guest memory could not be made
+    #[error("allocate guest memory: {0}")]
+    Allocate(#[source] vm_memory::mmap::FromRangesError),
+    /// guest memory could not be written
+    #[error("write guest memory: {0}")]
+    Memory(#[source] vm_memory::GuestMemoryError),
+}
+
+impl KvmError {
+    /// For `map_err` on the call `name`.
+    pub(crate) fn call(name: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+        move |source| Self::Call { name, source }
+    }
+}
+
+/// Open `/dev/kvm`.
+///
+/// # Errors
+/// It is absent, forbidden, or fails otherwise.
+pub fn open() -> Result<Kvm, KvmError> {
+    Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::Absent,
+        libc::EACCES | libc::EPERM => KvmError::PermissionDenied,
+        _ => KvmError::Open(error),
+    })
+}
+
+/// Check that the API is the one this crate speaks; gives its version.
+///
+/// # Errors
+/// It is another.
+pub fn check_api_version(kvm: &Kvm) -> Result<i32, KvmError> {
+    let version = kvm.get_api_version();
+    if u32::try_from(version) == Ok(KVM_API_VERSION) {
+        Ok(version)
+    } else {
+        Err(KvmError::ApiVersion(version))
+    }
+}
+
+/// Make an empty machine. Signals can interrupt this call, so it is tried again.
+///
+/// # Errors
+/// `KVM_CREATE_VM` failed.
+pub fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
+    let mut tries = 1;
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR && tries < CREATE_VM_TRIES => tries += 1,
+            result => return result.map_err(KvmError::call("KVM_CREATE_VM")),
+        }
+    }
+}
+
+/// A machine and the memory its guest lives in, which goes last.
+#[derive(Debug)]
+pub struct MappedVm {
+    /// The machine. Fields drop in order: no slot refers to memory that is gone.
+    pub vm: VmFd,
+    memory: GuestMemoryMmap,
+}
+
+impl MappedVm {
+    /// Give `vm` the regions of `memory` as slots 0, 1, …
+    ///
+    /// # Errors
+    /// `KVM_SET_USER_MEMORY_REGION` failed.
+    pub fn new(vm: VmFd, memory: GuestMemoryMmap) -> Result<Self, KvmError> {
+        for (slot, region) in (0u32..).zip(memory.iter()) {
+            let entry = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the range is a mapping owned by `memory`, which is kept in the same value
+            // as `vm` and dropped after it. Regions do not overlap (vm-memory checks that), slots
+            // are distinct, and Rust code reaches the memory only by volatile access.
+            unsafe { vm.set_user_memory_region(entry) }
+                .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(Self { vm, memory })
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+}
+
+/// Why a `KVM_RUN` ended, as far as the record of the exit tells.
+///
+/// `suberror` of `KVM_EXIT_INTERNAL_ERROR`; call it only after that exit.
+pub fn internal_error_suberror(vcpu: &mut VcpuFd) -> u32 {
+    let run = vcpu.get_kvm_run();
+    // SAFETY: every member of this union is plain old data, so any bytes are a valid value of it;
+    // after this exit the kernel has filled in the `internal` member.
+    unsafe { run.__bindgen_anon_1.internal.suberror }
+}
+
+/// The signal that ends a run: the process's own use of it, if any, is not touched, because it
+/// is only ever sent to a thread that blocks it.
+fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+/// Block every signal in the calling thread, and have `KVM_RUN` of `vcpu` return EINTR when
+/// [`kick`] is used on this thread, before or during the run. No handler ever runs.
+///
+/// # Errors
+/// The kernel refused one of the masks.
+pub fn make_kickable(vcpu: &VcpuFd) -> Result<(), KvmError> {
+    /// `struct kvm_signal_mask` with its set.
+    #[repr(C, packed)]
+    struct SignalMask {
+        len: u32,
+        set: u64,
+    }
+    let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `all` is valid for writes; sigfillset initialises it.
+    unsafe { libc::sigfillset(all.as_mut_ptr()) };
+    // SAFETY: `all` was initialised above; no old mask is asked for. Only this thread's mask
+    // changes.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut()) };
+    // While the guest runs, all but the kick stay blocked. Signal n is bit n - 1.
+    let mask = SignalMask {
+        len: KERNEL_SIGSET_SIZE,
+        set: !(1 << (kick_signal() - 1)),
+    };
+    // SAFETY: the kernel reads `len`, then that many bytes after it, all inside of `mask`; the
+    // descriptor is a vCPU's for as long as `vcpu` is borrowed.
+    let result =
+        unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, &raw const mask) };
+    if result == 0 {
+        return Ok(());
+    }
+    let errno = io::Error::last_os_error().raw_os_error().unwrap_or(0);
+    Err(KvmError::call("KVM_SET_SIGNAL_MASK")(
+        kvm_ioctls::Error::new(errno),
+    ))
+}
+
+/// End the run of a thread that called [`make_kickable`].
+pub fn kick<T>(thread: &std::thread::JoinHandle<T>) {
+    use std::os::unix::thread::JoinHandleExt;
+    // SAFETY: the thread was not joined (we hold its handle), so its id is valid even if it has
+    // ended. The signal is blocked there, so at most it stays pending until the thread ends.
+    unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_and_forbidden_devices_are_told_apart() {
+        assert!(KvmError::Absent.to_string().contains("does not exist"));
+        assert!(KvmError::PermissionDenied.to_string().contains("permission denied"));
+    }
+}
