@@ -23,13 +23,13 @@ demo: setup ## Run a container in a virtual machine, with a real containerd, and
 
 .PHONY: test
 test: setup ## Run all tests: Python, Rust, and integration on both containerds (needs root)
-	$(BIN)/python -m pytest -m 'not integration'
+	$(BIN)/python -m pytest -m 'not integration and not vm'
 	cargo test --workspace --locked --quiet
-	KATA_HYBRID_REQUIRE=integration,vm $(BIN)/python -m pytest -m integration
+	KATA_HYBRID_REQUIRE=integration,vm $(BIN)/python -m pytest -m 'integration or vm'
 
 .PHONY: test-unit
 test-unit: setup-dev ## Run the Python tests that need nothing but Python
-	$(BIN)/python -m pytest -m 'not integration' $(ARGS)
+	$(BIN)/python -m pytest -m 'not integration and not vm' $(ARGS)
 
 .PHONY: test-integration
 test-integration: setup ## Run the integration tests (ARGS='--containerd 2 -k exec' for some)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-ROUNDS = 3
-_WARM_UP_S = 0.5
-_MEASURE_S = 2.0
+ROUNDS = 5
+_WARM_UP_S = 0.3
+_MEASURE_S = 1.0
 _SAMPLES = 20
 _BUILD_TIMEOUT_S = 900.0
 _ROUND_TIMEOUT_S = 120.0
@@ -77,6 +77,7 @@ def run(
     functions: tuple[str, ...],
     home: Path,
     log: Path,
+    rounds: int = ROUNDS,
 ) -> dict[str, list[float]]:
     """Run the functions (``group/function``) in rounds and return seconds per iteration of each.
 
@@ -91,7 +92,7 @@ def run(
         f"^({'|'.join(functions)})$",
     ]
     environment = {**os.environ, "CRITERION_HOME": os.fspath(home)}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         with log.open("ab") as output:
             done = subprocess.run(
                 command,

@@ -40,6 +40,8 @@ _END_TIMEOUT_S = 20.0
 _TICK_S = 0.2
 _REASON_CHARACTERS = 160
 _STDOUT_MIB = 32
+"""What ``benches/stdout_pump.rs`` copies in one iteration."""
+_PACKET_ROUNDS = 3
 
 Record = dict[str, Any]
 """What a part measured of one figure: see ``figures.evaluate``."""
@@ -80,6 +82,12 @@ def parts() -> list[Part]:
             title="agent calls and output copies, against bare sockets",
             figures=("agent_round_trip", "stdout_pump"),
             measure=measure_vsock_io,
+        ),
+        Part(
+            name="packets",
+            title="vsock packets and virtqueues, Rust against Cython",
+            figures=("vsock_packet_parse", "virtqueue_walk"),
+            measure=measure_packets,
         ),
     ]
 
@@ -131,42 +139,89 @@ def measure_vsock_io(keep: Keep) -> None:
     Raises:
         PartError: a benchmark failed.
     """
-    seconds = _run_criterion(
-        {
-            "agent_round_trip": ("agent_round_trip/client", "agent_round_trip/raw"),
-            "stdout_pump": ("stdout_pump/pump", "stdout_pump/copy"),
-        }
-    )
+    programs = _build_criterion(("agent_round_trip", "stdout_pump"))
+
+    _say(f"    agent_round_trip, {criterion.ROUNDS} rounds …")
+    ours, reference = "agent_round_trip/client", "agent_round_trip/raw"
+    seconds = _run_criterion(programs["agent_round_trip"], (ours, reference))
     keep(
         {
             "name": "agent_round_trip",
-            "ours": [sample * 1e6 for sample in seconds["agent_round_trip/client"]],
-            "reference": [sample * 1e6 for sample in seconds["agent_round_trip/raw"]],
+            "ours": [sample * 1e6 for sample in seconds[ours]],
+            "reference": [sample * 1e6 for sample in seconds[reference]],
         }
     )
+
+    _say(f"    stdout_pump, {criterion.ROUNDS} rounds …")
+    ours, reference = "stdout_pump/pump", "stdout_pump/copy"
+    seconds = _run_criterion(programs["stdout_pump"], (ours, reference))
     keep(
         {
             "name": "stdout_pump",
-            "ours": [_STDOUT_MIB / sample for sample in seconds["stdout_pump/pump"]],
-            "reference": [_STDOUT_MIB / sample for sample in seconds["stdout_pump/copy"]],
+            "ours": [_STDOUT_MIB / sample for sample in seconds[ours]],
+            "reference": [_STDOUT_MIB / sample for sample in seconds[reference]],
         }
     )
 
 
-def _run_criterion(functions: dict[str, tuple[str, ...]]) -> dict[str, list[float]]:
-    """Build the named benchmarks of ``vsock_io`` and run these functions of each."""
-    seconds: dict[str, list[float]] = {}
+def measure_packets(keep: Keep) -> None:
+    """Measure what the vsock device does per packet, in Rust and in Cython, in turn.
+
+    Raises:
+        PartError: a benchmark failed.
+    """
+    functions = {
+        "vsock_packet_parse": "vsock_packet/parse",
+        "virtqueue_walk": "virtqueue/walk",
+    }
+    rust: dict[str, list[float]] = {name: [] for name in functions}
+    cython: dict[str, list[float]] = {name: [] for name in functions}
+    program = _build_criterion(("vsock_packet",))["vsock_packet"]
+    for number in range(1, _PACKET_ROUNDS + 1):
+        _say(f"    round {number} of {_PACKET_ROUNDS} …")
+        run_pytest("bench_packet_reference.py", keep)
+        items = {}
+        for benchmark in _read_json(BUILD / "bench_packet_reference.json")["benchmarks"]:
+            name = benchmark["name"].removeprefix("test_")
+            items[name] = benchmark["extra_info"]["items"]
+            cython[name] += [sample / items[name] for sample in benchmark["stats"]["data"]]
+        seconds = _run_criterion(program, tuple(functions.values()), rounds=1)
+        for name, function in functions.items():
+            rust[name] += [sample / items[name] for sample in seconds[function]]
+    for name in functions:
+        keep(
+            {
+                "name": name,
+                "ours": [sample * 1e9 for sample in rust[name]],
+                "reference": [sample * 1e9 for sample in cython[name]],
+            }
+        )
+
+
+def _build_criterion(names: tuple[str, ...]) -> dict[str, criterion.Program]:
+    """Build these benchmarks of ``vsock_io``."""
+    _say("    building …")
     try:
-        _say("    building …")
-        programs = criterion.build("vsock_io", benches=tuple(functions), log=LOG)
-        for name, wanted in functions.items():
-            _say(f"    {name}: {criterion.ROUNDS} rounds …")
-            seconds |= criterion.run(
-                programs[name], functions=wanted, home=_CRITERION_HOME, log=LOG
-            )
+        return criterion.build("vsock_io", benches=names, log=LOG)
     except criterion.CriterionError as exc:
         raise PartError(str(exc)) from exc
-    return seconds
+
+
+def _run_criterion(
+    program: criterion.Program, functions: tuple[str, ...], *, rounds: int = criterion.ROUNDS
+) -> dict[str, list[float]]:
+    """Run functions of a benchmark; return the seconds of each sample's iteration."""
+    try:
+        return criterion.run(
+            program, functions=functions, home=_CRITERION_HOME, log=LOG, rounds=rounds
+        )
+    except criterion.CriterionError as exc:
+        raise PartError(str(exc)) from exc
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def measure(chosen: list[Part]) -> list[figures.Figure]:

@@ -99,7 +99,7 @@ def build_guest() -> None:
     run(
         [
             *(INSTALLED / "bin" / "kata-hybrid", "guest", "build"),
-            *("--output", GUEST, "--cache", BUILD / "packages"),
+            *("--output", GUEST, "--cache", BUILD / "cache" / "kernel"),
         ],
         log="guest",
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+
 from harness.agent_server import AgentServer
 from harness.loop import on_loop
-
 from kata_hybrid._native import events as native_events
 from kata_hybrid._native import vsock
 from kata_hybrid.agent.base import Agent
@@ -158,9 +158,7 @@ async def test_an_exit_of_a_container_can_be_asked_for_again(
 
 @both
 @on_loop
-async def test_an_exec_runs_until_it_ends_and_is_forgotten(
-    make: MakeWorld, tmp_path: Path
-) -> None:
+async def test_an_exec_runs_until_it_ends_and_is_forgotten(make: MakeWorld, tmp_path: Path) -> None:
     async with make(tmp_path) as world:
         await world.run()
         await world.agent.exec_process(C1, E1, process={})
@@ -203,9 +201,7 @@ async def test_an_exec_in_a_container_that_ended_is_refused(
 
 @both
 @on_loop
-async def test_an_unknown_container_is_an_invalid_argument(
-    make: MakeWorld, tmp_path: Path
-) -> None:
+async def test_an_unknown_container_is_an_invalid_argument(make: MakeWorld, tmp_path: Path) -> None:
     async with make(tmp_path) as world:
         agent = world.agent
         for request in (

@@ -81,7 +81,6 @@ class AgentServer:
             "ReadStdout": (agent_pb2.ReadStreamRequest, self._read_stdout),
             "ReadStderr": (agent_pb2.ReadStreamRequest, self._read_stderr),
             "WriteStdin": (agent_pb2.WriteStreamRequest, self._write_stdin),
-            "CloseStdin": (agent_pb2.CloseStdinRequest, self._close_stdin),
         }
         return {name: self._method(name, *handler) for name, handler in handlers.items()}
 
@@ -189,13 +188,11 @@ class AgentServer:
 
     async def _write_stdin(self, request: agent_pb2.WriteStreamRequest) -> Message:
         self._process(request)
+        if not request.data:
+            # No data is the end of the stream, as it is for output.
+            self.input_closed[request.container_id, request.exec_id].set()
         self.input[request.container_id, request.exec_id] += request.data
         return agent_pb2.WriteStreamResponse(len=len(request.data))
-
-    async def _close_stdin(self, request: agent_pb2.CloseStdinRequest) -> Message:
-        self._process(request)
-        self.input_closed[request.container_id, request.exec_id].set()
-        return Empty()
 
     def _process(self, request: Any) -> FakeProcess:
         process = self.agent.processes.get(_ids(request))

@@ -19,6 +19,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::error::{AgentError, IoContext, Result};
 use crate::mount::absolute;
+pub(crate) use pci::PciPath;
 
 pub(crate) struct Devices {
     timeout: Duration,
@@ -75,7 +76,7 @@ impl Devices {
         }
         match driver {
             "blk" => {
-                let path = pci::PciPath::parse(source)?;
+                let path = PciPath::parse(source)?;
                 self.wait_for(source, || path.find_block(Path::new("/sys"))).await
             }
             "scsi" => {

@@ -10,6 +10,7 @@ use rustix::mount::mount_bind;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::error::{AgentError, IoContext, Result};
+use crate::mount::unmount_at;
 use crate::spec::SharedNamespaces;
 
 /// Where the files are.
@@ -55,6 +56,8 @@ pub(crate) fn pin_pid(pid: i32) -> Result<String> {
 
 fn pin(source: &Path, name: &str) -> Result<String> {
     let target = PathBuf::from(DIRECTORY).join(name);
+    // One that has ended may still be pinned here.
+    unmount_at(&target)?;
     fs::write(&target, "").on("create", &target)?;
     mount_bind(source, &target).on("pin namespace at", &target)?;
     Ok(target.to_string_lossy().into_owned())

@@ -21,7 +21,8 @@ use crate::log;
 use crate::mount::{Options, TargetKind, mount_at, unmount_at};
 use crate::namespace;
 use crate::oom::OomEvents;
-use crate::reaper::{Reaper, exited};
+use crate::process::Process;
+use crate::reaper::{ExitReceiver, Reaper, exited};
 use crate::spec::SharedNamespaces;
 use crate::storage::StorageTable;
 
@@ -51,6 +52,17 @@ enum Entry {
 struct Pod {
     is_created: bool,
     shared: SharedNamespaces,
+    /// The exit of the process that keeps the shared pid namespace alive.
+    pid_owner: Option<ExitReceiver>,
+}
+
+impl Pod {
+    /// A pid namespace ends with its first process.
+    fn live_pid_namespace(&self) -> Option<String> {
+        let owner = self.pid_owner.as_ref()?;
+        let is_alive = owner.borrow().is_none();
+        self.shared.pid.clone().filter(|_| is_alive)
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -170,10 +182,11 @@ impl Sandbox {
     /// # Errors
     /// The pod's pid namespace is asked for, but the first container was made without one.
     pub(crate) fn shared_namespaces(&self, is_pid_shared: bool) -> Result<SharedNamespaces> {
-        let mut shared = lock(&self.pod).shared.clone();
-        if !is_pid_shared {
-            shared.pid = None;
-        } else if shared.pid.is_none() && !self.containers().is_empty() {
+        let pod = lock(&self.pod);
+        let mut shared = pod.shared.clone();
+        shared.pid = pod.live_pid_namespace().filter(|_| is_pid_shared);
+        drop(pod);
+        if is_pid_shared && shared.pid.is_none() && !self.containers().is_empty() {
             return Err(AgentError::Runtime(
                 "Sandbox does not have sandbox_pidns".into(),
             ));
@@ -182,11 +195,14 @@ impl Sandbox {
     }
 
     /// The first container's pid namespace becomes the pod's.
-    pub(crate) fn record_pid_namespace(&self, pid: i32) {
+    pub(crate) fn record_pid_namespace(&self, process: &Process) {
         let mut pod = lock(&self.pod);
-        if pod.shared.pid.is_none() {
-            match namespace::pin_pid(pid) {
-                Ok(path) => pod.shared.pid = Some(path),
+        if pod.live_pid_namespace().is_none() {
+            match namespace::pin_pid(process.pid) {
+                Ok(path) => {
+                    pod.shared.pid = Some(path);
+                    pod.pid_owner = Some(process.exit().clone());
+                }
                 Err(error) => log::warning("sandbox", chain(&error)),
             }
         }

@@ -10,6 +10,7 @@ mod errors;
 mod events;
 mod host;
 mod mount;
+mod vmm;
 mod vsock;
 
 use pyo3::prelude::pymodule;
@@ -39,6 +40,13 @@ mod _native {
         };
     }
 
+    /// The machine. For now the probe that says whether KVM can run a real kernel here.
+    #[pymodule]
+    mod vmm {
+        #[pymodule_export]
+        use crate::vmm::{KvmProbe, probe_kvm};
+    }
+
     /// Talking to the guest: dial, the agent's ttRPC client, stdio copies, a
     /// vhost-user vsock device.
     #[pymodule]
@@ -52,7 +60,7 @@ mod _native {
     #[pymodule_init]
     fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
         let modules = module.py().import("sys")?.getattr("modules")?;
-        for name in ["events", "host", "vsock"] {
+        for name in ["events", "host", "vmm", "vsock"] {
             let full_name = format!("kata_hybrid._native.{name}");
             modules.set_item(full_name, module.getattr(name)?)?;
         }

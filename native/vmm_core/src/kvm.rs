@@ -180,8 +180,7 @@ pub fn make_kickable(vcpu: &VcpuFd) -> Result<(), KvmError> {
     };
     // SAFETY: the kernel reads `len`, then that many bytes after it, all inside of `mask`; the
     // descriptor is a vCPU's for as long as `vcpu` is borrowed.
-    let result =
-        unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, &raw const mask) };
+    let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SIGNAL_MASK, &raw const mask) };
     if result == 0 {
         return Ok(());
     }
@@ -206,6 +205,10 @@ mod tests {
     #[test]
     fn missing_and_forbidden_devices_are_told_apart() {
         assert!(KvmError::Absent.to_string().contains("does not exist"));
-        assert!(KvmError::PermissionDenied.to_string().contains("permission denied"));
+        assert!(
+            KvmError::PermissionDenied
+                .to_string()
+                .contains("permission denied")
+        );
     }
 }

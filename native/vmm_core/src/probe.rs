@@ -101,8 +101,7 @@ fn run_guest(kvm: &Kvm) -> Result<String, String> {
         .map_err(text)?;
     let vm = kvm::create_vm(kvm).map_err(text)?;
     let machine = kvm::MappedVm::new(vm, memory).map_err(text)?;
-    let mut guest =
-        probe_guest::build(kvm, &machine.vm, machine.memory()).map_err(text)?;
+    let mut guest = probe_guest::build(kvm, &machine.vm, machine.memory()).map_err(text)?;
     kvm::make_kickable(&guest.vcpu).map_err(text)?;
 
     let what = match guest.vcpu.run() {
@@ -117,13 +116,18 @@ fn run_guest(kvm: &Kvm) -> Result<String, String> {
         }
         Ok(VcpuExit::InternalError) => {
             let suberror = kvm::internal_error_suberror(&mut guest.vcpu);
-            format!("KVM_EXIT_INTERNAL_ERROR, suberror {suberror}{}", suberror_name(suberror))
+            format!(
+                "KVM_EXIT_INTERNAL_ERROR, suberror {suberror}{}",
+                suberror_name(suberror)
+            )
         }
         Ok(VcpuExit::Shutdown) => "KVM_EXIT_SHUTDOWN (triple fault)".to_owned(),
         Ok(VcpuExit::FailEntry(reason, _cpu)) => format!("KVM_EXIT_FAIL_ENTRY, reason {reason:#x}"),
         Ok(other) => format!("an unexpected exit: {other:?}"),
         Err(error) if error.errno() == libc::EINTR => {
-            return Err(format!("the probe's guest did not end within {RUN_TIMEOUT:?}"));
+            return Err(format!(
+                "the probe's guest did not end within {RUN_TIMEOUT:?}"
+            ));
         }
         Err(error) => format!("KVM_RUN: {error}"),
     };

@@ -7,6 +7,7 @@ client's (``_native.vsock``), on its own thread. One connection for the life of 
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 from typing import Final, TypeVar
@@ -70,6 +71,7 @@ class AgentClient:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
+        silence = f"guest agent at {address} port {port} did not answer in {timeout_s:g} s"
         try:
             fd = await self._events.call(
                 lambda token: self._io.dial(
@@ -78,14 +80,16 @@ class AgentClient:
                 on_abandoned=_close_descriptor,
             )
         except (DeadlineExceededError, UnavailableError) as exc:
-            message = f"guest agent at {address} port {port} did not answer in {timeout_s:g} s"
-            raise GuestBootTimeoutError(message) from exc
+            raise GuestBootTimeoutError(silence) from exc
         if not isinstance(fd, int):
             message = f"dial returned {type(fd).__name__}, not a descriptor"
             raise AgentProtocolError(message)
         closed_token, self._closed = self._events.expect()
         self._native = vsock.AgentClient(self._io, fd, closed_token=closed_token)
-        await self.check(timeout_s=max(deadline - loop.time(), 1.0))
+        try:
+            await self.check(timeout_s=max(deadline - loop.time(), 1.0))
+        except AgentTimeoutError as exc:
+            raise GuestBootTimeoutError(silence) from exc
 
     async def close(self) -> None:
         """Close the connection. Idempotent."""
@@ -337,4 +341,5 @@ def _close_descriptor(value: object) -> None:
 
 
 def _milliseconds(seconds: float) -> int:
-    return int(seconds * 1000)
+    # Rounded up: 0 would be no deadline at all.
+    return math.ceil(seconds * 1000)

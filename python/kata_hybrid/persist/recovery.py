@@ -123,31 +123,42 @@ def start_ticks(pid: int) -> int | None:
 
 
 def remove_cgroup(path: str) -> None:
-    """Remove a cgroup folder and those below it, killing what is still inside (cgroup v2).
+    """Remove a cgroup folder and those below it, killing what is still inside.
 
     Raises:
         OSError: it is still in use after the time allowed.
     """
     if not path.startswith("/sys/fs/cgroup/") or "/../" in path + "/":
         raise OSError(0, "not a cgroup path", path)
-    try:
-        with open(f"{path}/cgroup.kill", "w") as file:  # noqa: PTH123
-            file.write("1")
-    except OSError:
-        pass  # cgroup v1, an old kernel, or gone.
     deadline = time.monotonic() + _CGROUP_TIMEOUT_S
     while True:
         try:
             for folder, _, _ in os.walk(path, topdown=False):
+                _kill_members(folder)
                 os.rmdir(folder)  # noqa: PTH106
         except FileNotFoundError:
             continue
         except OSError:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.02)  # The kernel has no event for "the last member is gone" on v1.
+            time.sleep(0.02)  # There is no event for "the last member is gone" on v1.
             continue
         return
+
+
+def _kill_members(folder: str) -> None:
+    """Kill the processes in one cgroup, which nobody but the recorded sandbox has entered."""
+    try:
+        with open(f"{folder}/cgroup.procs", "rb") as file:  # noqa: PTH123
+            members = [int(word) for word in file.read().split()]
+    except OSError:
+        return
+    for pid in members:
+        if pid > 1 and pid != os.getpid():
+            try:  # noqa: SIM105 - contextlib is not imported here
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
 
 
 def _processes(entries: list[object], *, default_name: str) -> list[Victim]:

@@ -61,7 +61,10 @@ def _metrics_v2(stats: ContainerStats) -> v2.Metrics:
         io=v2.IOStat(usage=_io_v2(stats.block_io)),
         hugetlb=[
             v2.HugeTlbStat(
-                current=page.usage, max=page.max_usage, failcnt=page.failcnt, pagesize=page.page_size
+                current=page.usage,
+                max=page.max_usage,
+                failcnt=page.failcnt,
+                pagesize=page.page_size,
             )
             for page in stats.hugetlb
         ],

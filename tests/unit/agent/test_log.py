@@ -4,14 +4,16 @@ import socket
 from collections.abc import Iterable
 
 import pytest
-from harness.loop import on_loop
 
+from harness.loop import on_loop
 from kata_hybrid.agent.log import forward
 
 LOGGER = "kata_hybrid.guest.agent"
 
 
-async def logged(pieces: Iterable[bytes], caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+async def logged(
+    pieces: Iterable[bytes], caplog: pytest.LogCaptureFixture
+) -> list[tuple[int, str]]:
     """Return level and message of what is logged when a guest sends ``pieces`` and leaves."""
     ours, guest = socket.socketpair()
     with caplog.at_level(logging.DEBUG, logger=LOGGER):

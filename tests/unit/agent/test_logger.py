@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from harness.loop import on_loop
 
+from harness.loop import on_loop
 from kata_hybrid.agent.logger import StreamOpener
 from kata_hybrid.agent.streams import HostStreams
 from kata_hybrid.aio.process import ProcessReaper
@@ -100,7 +100,7 @@ async def test_the_descriptors_are_three_pipes_and_nowhere(tmp_path: Path) -> No
         "    json.dump(found, file)\n"
     )
     inheritable, other = os.pipe()
-    os.set_inheritable(other, True)
+    os.set_inheritable(other, True)  # noqa: FBT003 - positional only
     async with opening() as opener:
         uri = script(tmp_path / "log", text, interpreter="/usr/bin/env -S python3 -I")
         streams = await opener.open(Stdio(stdout=uri), container_id=C1)
@@ -232,9 +232,7 @@ async def test_close_ends_a_logger_that_does_not_end_by_itself(tmp_path: Path) -
 async def test_close_kills_a_logger_that_ignores_the_request(tmp_path: Path) -> None:
     async with opening(end_timeout_s=0.05) as opener:
         text = "trap '' TERM\nexec 5>&-\nexec /bin/sleep 600"
-        streams = await opener.open(
-            Stdio(stdout=script(tmp_path / "log", text)), container_id=C1
-        )
+        streams = await opener.open(Stdio(stdout=script(tmp_path / "log", text)), container_id=C1)
         (logger,) = opener._loggers
         streams.close()
         await opener.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.loop import on_loop
 from kata_hybrid._native.events import Event, EventPort
 from kata_hybrid._native.vsock import AgentClient, IoThread
 from kata_hybrid.protos import agent_pb2, ttrpc_pb2
@@ -121,6 +122,7 @@ async def echo(payload: bytes) -> bytes:
     return payload
 
 
+@on_loop
 async def test_a_call_brings_its_reply() -> None:
     async with connected() as it:
         it.agent.handlers["Echo"] = echo
@@ -129,6 +131,7 @@ async def test_a_call_brings_its_reply() -> None:
         assert (event.code, event.value, event.message) == (0, b"abc", "")
 
 
+@on_loop
 async def test_a_waiting_call_does_not_hold_up_others() -> None:
     async with connected() as it:
         may_return = asyncio.Event()
@@ -149,6 +152,7 @@ async def test_a_waiting_call_does_not_hold_up_others() -> None:
         assert agent_pb2.WaitProcessResponse.FromString(reply).status == 3
 
 
+@on_loop
 async def test_a_status_becomes_the_event_s_code_and_message() -> None:
     async with connected() as it:
 
@@ -161,6 +165,7 @@ async def test_a_status_becomes_the_event_s_code_and_message() -> None:
         assert (event.code, event.message, event.value) == (5, "no such container", None)
 
 
+@on_loop
 async def test_a_deadline_is_enforced_without_the_agent() -> None:
     async with connected() as it:
         may_return = asyncio.Event()
@@ -175,6 +180,7 @@ async def test_a_deadline_is_enforced_without_the_agent() -> None:
         may_return.set()
 
 
+@on_loop
 async def test_an_agent_that_leaves_ends_calls_and_the_connection() -> None:
     fixture = Fixture()
     fixture.client.call(10, SERVICE, "Echo", b"", timeout_ms=0)
@@ -184,6 +190,7 @@ async def test_an_agent_that_leaves_ends_calls_and_the_connection() -> None:
     fixture.io.close()
 
 
+@on_loop
 async def test_output_of_64_mib_arrives_whole() -> None:
     block = os.urandom(1 << 20)
     rest = [block] * 64
@@ -216,6 +223,7 @@ def hash_until_end(descriptor: int) -> bytes:
     return digest.digest()
 
 
+@on_loop
 async def test_input_arrives_and_closes_the_guest_end() -> None:
     async with connected() as it:
         taken: list[bytes] = []
@@ -235,6 +243,7 @@ async def test_input_arrives_and_closes_the_guest_end() -> None:
         assert (b"".join(taken), taken[-1]) == (b"typed", b"")
 
 
+@on_loop
 async def test_a_stopped_copy_says_cancelled_and_closes_its_descriptor() -> None:
     async with connected() as it:
         may_return = asyncio.Event()
@@ -255,6 +264,7 @@ async def test_a_stopped_copy_says_cancelled_and_closes_its_descriptor() -> None
         may_return.set()
 
 
+@on_loop
 async def test_a_wrong_stream_is_refused_and_the_descriptor_left() -> None:
     async with connected() as it:
         reader, writer = os.pipe()
@@ -264,6 +274,7 @@ async def test_a_wrong_stream_is_refused_and_the_descriptor_left() -> None:
         os.close(reader)
 
 
+@on_loop
 async def test_a_closed_descriptor_is_refused() -> None:
     async with connected() as it:
         reader, writer = os.pipe()
@@ -274,6 +285,7 @@ async def test_a_closed_descriptor_is_refused() -> None:
         assert caught.value.errno == 9
 
 
+@on_loop
 async def test_dial_waits_for_a_guest_and_hands_over_the_connection(tmp_path: Path) -> None:
     port = EventPort()
     events = Events(port)

@@ -4,8 +4,8 @@ import stat
 from pathlib import Path
 
 import pytest
-from harness.mounts import in_own_mounts, make_tmpfs
 
+from harness.mounts import in_own_mounts, make_tmpfs
 from kata_hybrid.persist import atomic
 
 
@@ -54,10 +54,19 @@ def test_nothing_else_is_left(tmp_path: Path) -> None:
 def test_the_data_is_on_disk_before_it_takes_the_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-    sync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), sync(fd)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append("rename"), rename(a, b)))
+    calls: list[str] = []
+
+    def noted(name: str) -> None:
+        call = getattr(os, name)
+
+        def note(*arguments: object) -> object:
+            calls.append(name)
+            return call(*arguments)
+
+        monkeypatch.setattr(os, name, note)
+
+    noted("fsync")
+    noted("rename")
     atomic.replace(tmp_path / "state", b"data")
     assert calls == ["fsync", "rename", "fsync"]
 

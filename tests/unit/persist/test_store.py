@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.mounts import in_own_mounts, make_tmpfs
 
+from harness.mounts import in_own_mounts, make_tmpfs
 from kata_hybrid.aio.process import identify
 from kata_hybrid.errors import InternalError, ResourceExhaustedError
 from kata_hybrid.persist.store import FILE_NAME, SandboxStore

@@ -2,8 +2,8 @@ import os
 from pathlib import Path
 
 import pytest
-from harness.mounts import in_own_mounts, make_tmpfs, mount_points
 
+from harness.mounts import in_own_mounts, make_tmpfs, mount_points
 from kata_hybrid.errors import FailedPreconditionError, InvalidArgumentError
 from kata_hybrid.resource import mount
 from kata_hybrid.types import Mount
@@ -79,7 +79,7 @@ def test_what_the_kernel_refuses_is_told_with_its_options(tmp_path: Path) -> Non
 @in_own_mounts
 def test_an_unknown_file_system_is_refused(tmp_path: Path) -> None:
     (target,) = folders(tmp_path, "target")
-    with pytest.raises(FailedPreconditionError, match="mount nofs x on .*options none"):
+    with pytest.raises(FailedPreconditionError, match=r"mount nofs x on .*options none"):
         mount.mount(Mount(type="nofs", source="x"), target)
 
 

@@ -39,9 +39,9 @@ def test_ids_of_containerd_are_accepted(text: str) -> None:
     "text", [".", "..", "-a", "_a", "a/b", "/a", "../a", "a b", "a\n", "a\0", "ä", "a%2f", "a+b"]
 )
 def test_ids_that_have_no_place_in_a_path_are_refused(text: str) -> None:
-    with pytest.raises(InvalidIdError, match="container id .* must be letters, digits"):
+    with pytest.raises(InvalidIdError, match=r"container id .* must be letters, digits"):
         convert.container_id(text)
-    with pytest.raises(InvalidIdError, match="exec id .* must be letters, digits"):
+    with pytest.raises(InvalidIdError, match=r"exec id .* must be letters, digits"):
         convert.exec_id(text)
 
 
@@ -91,7 +91,9 @@ def test_other_options_or_none_name_no_configuration(value: AnyMessage) -> None:
 
 
 def test_broken_options_are_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="runtimeoptions.v1.Options cannot be decoded"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"runtimeoptions\.v1\.Options cannot be decoded"
+    ):
         convert.config_path(options(b"\xff\xff\xff"))
 
 
@@ -154,16 +156,12 @@ def test_time_is_split_into_seconds_and_nanoseconds() -> None:
         (
             TaskExited(container_id=C1, exec_id=None, pid=7, exit=ENDED),
             "/tasks/exit",
-            events_pb2.TaskExit(
-                container_id="c1", id="c1", pid=7, exit_status=137, exited_at=WHEN
-            ),
+            events_pb2.TaskExit(container_id="c1", id="c1", pid=7, exit_status=137, exited_at=WHEN),
         ),
         (
             TaskExited(container_id=C1, exec_id=E1, pid=7, exit=ENDED),
             "/tasks/exit",
-            events_pb2.TaskExit(
-                container_id="c1", id="e1", pid=7, exit_status=137, exited_at=WHEN
-            ),
+            events_pb2.TaskExit(container_id="c1", id="e1", pid=7, exit_status=137, exited_at=WHEN),
         ),
         (
             TaskDeleted(container_id=C1, pid=7, exit=ENDED),

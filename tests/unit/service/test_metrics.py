@@ -183,17 +183,17 @@ def test_v1_has_processes_and_huge_pages() -> None:
 
 @pytest.mark.parametrize("part", ["cpu", "memory", "pids", "blkio"])
 def test_v1_parts_that_ctr_reads_are_always_there(part: str) -> None:
-    assert in_v1(EMPTY).HasField(part)  # type: ignore[arg-type]
+    assert in_v1(EMPTY).HasField(part)
 
 
 @pytest.mark.parametrize("part", ["usage", "swap", "kernel", "kernel_tcp"])
 def test_v1_memory_entries_that_ctr_reads_are_always_there(part: str) -> None:
-    assert in_v1(EMPTY).memory.HasField(part)  # type: ignore[arg-type]
+    assert in_v1(EMPTY).memory.HasField(part)
 
 
 @pytest.mark.parametrize("part", ["cpu", "memory", "pids", "io"])
 def test_v2_parts_that_ctr_reads_are_always_there(part: str) -> None:
-    assert in_v2(EMPTY).HasField(part)  # type: ignore[arg-type]
+    assert in_v2(EMPTY).HasField(part)
 
 
 @pytest.mark.parametrize("is_v2", [False, True])
@@ -208,9 +208,7 @@ def test_the_largest_numbers_a_guest_can_send_fit(*, is_v2: bool) -> None:
         pids_current=LARGEST,
         pids_limit=LARGEST,
         block_io=(BlockIoEntry(major=LARGEST, minor=LARGEST, op="read", value=LARGEST),),
-        hugetlb=(
-            HugetlbStats(page_size="", usage=LARGEST, max_usage=LARGEST, failcnt=LARGEST),
-        ),
+        hugetlb=(HugetlbStats(page_size="", usage=LARGEST, max_usage=LARGEST, failcnt=LARGEST),),
     )
     assert metrics(stats, is_v2=is_v2).value
 

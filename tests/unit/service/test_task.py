@@ -6,14 +6,14 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
-from harness.loop import on_loop
 
+from harness.loop import on_loop
 from kata_hybrid import __version__
 from kata_hybrid.agent.streams import HostStreams
 from kata_hybrid.errors import (
@@ -46,7 +46,6 @@ PROCESS = {"args": ["/bin/true"], "cwd": "/"}
 SPEC = {"ociVersion": "1.0.2", "root": {"path": "rootfs"}, "process": PROCESS}
 C1 = ContainerId("c1")
 E1 = ExecId("e1")
-_Reply = TypeVar("_Reply", bound=Message)
 
 REPLIES: dict[str, type[Message]] = {
     "State": task_pb2.StateResponse,
@@ -551,7 +550,7 @@ async def test_a_bundle_that_is_no_absolute_path_is_refused(bundle: str, tmp_pat
 @on_loop
 async def test_a_bundle_that_is_not_there_is_named(tmp_path: Path) -> None:
     async with World(tmp_path) as world:
-        with pytest.raises(InvalidArgumentError, match="/nowhere/config.json: No such file"):
+        with pytest.raises(InvalidArgumentError, match=r"/nowhere/config\.json: No such file"):
             await world.create(bundle="/nowhere")
 
 
@@ -681,7 +680,7 @@ async def test_killing_what_has_ended_is_not_found(tmp_path: Path) -> None:
 async def test_what_the_agent_refuses_is_passed_on(tmp_path: Path) -> None:
     async with World(tmp_path) as world:
         world.agent.failures["create_container"] = InvalidArgumentError("no such program /x")
-        with pytest.raises(InvalidArgumentError, match="^no such program /x$"):
+        with pytest.raises(InvalidArgumentError, match=r"^no such program /x$"):
             await world.create()
         assert world.log.topics == []
 

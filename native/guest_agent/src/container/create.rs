@@ -109,7 +109,7 @@ async fn build(
     if sandbox.oom.watch(id, cgroup).is_err() {
         log::warning("container", format!("{id}: memory events cannot be watched"));
     }
-    sandbox.record_pid_namespace(process.pid);
+    sandbox.record_pid_namespace(&process);
     let spec_process = spec.process().as_ref();
     Ok(Container {
         id: id.to_owned(),

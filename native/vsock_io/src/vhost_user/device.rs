@@ -363,7 +363,10 @@ impl Device {
 const QUEUE_NAMES: [&str; 2] = ["receive", "transmit"];
 
 /// Take packets from the guest. True if some were left on the ring.
-fn drain_tx(
+///
+/// # Errors
+/// The ring is broken.
+pub fn drain_tx(
     muxer: &mut Muxer,
     memory: &GuestMemoryMmap,
     tx: &mut Vring,
@@ -404,7 +407,10 @@ fn drain_tx(
 }
 
 /// Give the guest what waits. True if there is more and room for it.
-fn fill_rx(
+///
+/// # Errors
+/// The ring is broken.
+pub fn fill_rx(
     muxer: &mut Muxer,
     memory: &GuestMemoryMmap,
     rx: &mut Vring,

@@ -76,6 +76,7 @@ pub enum Operation {
 impl TryFrom<u16> for Operation {
     type Error = PacketError;
 
+    #[inline]
     fn try_from(value: u16) -> Result<Self, PacketError> {
         Ok(match value {
             1 => Self::Request,
@@ -144,6 +145,7 @@ impl PacketHeader {
     ///
     /// # Errors
     /// [`PacketError::Truncated`] when there are fewer than [`HEADER_SIZE`] bytes.
+    #[inline]
     pub fn parse_prefix(bytes: &[u8]) -> Result<Self, PacketError> {
         bytes
             .first_chunk()

@@ -154,10 +154,10 @@ class VirtGuest:
             self.can_add_disk = False
             await self._share_fs.start()
             self._hypervisor.add_shared_folder(self._share_fs.device)
-            self._watch(self._share_fs.died(), name="shared folder")
+            self._watch(self._share_fs.died, name="shared folder")
             await self._start_machine()
             self.task_pid = self._hypervisor.task_pid
-            self._watch(self._machine_gone(), name="machine")
+            self._watch(self._machine_gone, name="machine")
             on_processes((*self._hypervisor.processes, *self._share_fs.processes))
             _log.info(
                 "machine started",
@@ -168,8 +168,8 @@ class VirtGuest:
         except BaseException:
             await self.stop()
             raise
-        self._watch(self._agent_gone(), name="agent")
-        self._watch(self._unhealthy(), name="health")
+        self._watch(self._agent_gone, name="agent")
+        self._watch(self._unhealthy, name="health")
 
     async def _start_machine(self) -> None:
         try:
@@ -227,9 +227,9 @@ class VirtGuest:
             raise VmExitedError(f"{message}; console:\n{console}" if console else message)
         await task
 
-    def _watch(self, ending: Coroutine[Any, Any, str], *, name: str) -> None:
+    def _watch(self, ending: Callable[[], Coroutine[Any, Any, str]], *, name: str) -> None:
         async def watch() -> None:
-            reason = await ending
+            reason = await ending()
             if not self._lost.done():
                 self._lost.set_result(reason)
 

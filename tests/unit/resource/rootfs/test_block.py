@@ -55,7 +55,7 @@ def test_the_disk_is_read_only_as_the_mount_is(
 def test_the_agent_mounts_the_disk_where_it_was_attached() -> None:
     entry = Mount(type="ext4", source="/image", options=("loop", "rw", "noatime"))
     rootfs = BlockRootfs(entry, name="c1", serial="rootfs")
-    assert rootfs.storages == ()
+    assert list(rootfs.storages) == []
     rootfs.attached("02/03")
     assert rootfs.storages == (
         GuestStorage(

@@ -2,8 +2,8 @@ import os
 from pathlib import Path
 
 import pytest
-from harness.mounts import in_own_mounts, make_tmpfs, mount_points
 
+from harness.mounts import in_own_mounts, make_tmpfs, mount_points
 from kata_hybrid.errors import FailedPreconditionError, InvalidArgumentError
 from kata_hybrid.resource.rootfs.shared import SharedRootfs
 from kata_hybrid.resource.share_fs.base import SharedFolder
@@ -202,9 +202,7 @@ def test_a_bundle_root_that_is_no_folder_is_named(name: str, tmp_path: Path) -> 
 def test_a_failure_half_way_undoes_what_was_mounted(tmp_path: Path) -> None:
     world = World(tmp_path)
     with pytest.raises(InvalidArgumentError, match="missing"):
-        world.mounted(
-            world.overlay(), bind(world.lower, target="/a"), bind(world.base / "missing")
-        )
+        world.mounted(world.overlay(), bind(world.lower, target="/a"), bind(world.base / "missing"))
     world.assert_nothing_left()
 
 

@@ -2,8 +2,8 @@ import os
 from pathlib import Path
 
 import pytest
-from harness.mounts import in_own_mounts, make_tmpfs, mount_points
 
+from harness.mounts import in_own_mounts, make_tmpfs, mount_points
 from kata_hybrid.errors import InvalidIdError, InvalidSpecError
 from kata_hybrid.resource.share_fs.base import GUEST_PATH, SharedFolder
 from kata_hybrid.resource.volume.bind import GUEST_SHM, BindVolumes
@@ -24,9 +24,7 @@ class World:
 
     def add(self, source: Path | str, *, is_read_only: bool = False) -> Path:
         """Return where the host sees what the guest will."""
-        path = self.volumes.add(
-            os.fspath(source), destination="/mnt", is_read_only=is_read_only
-        )
+        path = self.volumes.add(os.fspath(source), destination="/mnt", is_read_only=is_read_only)
         return self.shared / Path(path).relative_to(GUEST_PATH)
 
     def assert_nothing_left(self) -> None:
@@ -129,7 +127,7 @@ def test_a_missing_source_is_named_with_its_destination(tmp_path: Path) -> None:
 @in_own_mounts
 def test_a_bind_without_source_is_refused(tmp_path: Path) -> None:
     world = World(tmp_path)
-    with pytest.raises(InvalidSpecError, match="mount /mnt: .*source"):
+    with pytest.raises(InvalidSpecError, match=r"mount /mnt: .*source"):
         world.add("")
     world.assert_nothing_left()
 

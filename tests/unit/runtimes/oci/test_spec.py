@@ -34,9 +34,7 @@ def test_what_the_host_reads_is_read() -> None:
     assert (spec.root_path, spec.is_root_read_only, spec.hostname) == ("/r", True, "box")
     assert spec.annotations == {"a": "b"}
     assert spec.namespaces == {"pid": "", "network": "/ns"}
-    assert spec.mounts == (
-        SpecMount(destination="/d", type="bind", source="/s", options=("ro",)),
-    )
+    assert spec.mounts == (SpecMount(destination="/d", type="bind", source="/s", options=("ro",)),)
 
 
 @pytest.mark.parametrize(

@@ -147,10 +147,7 @@ fn assemble(features: u32) -> (Vec<u8>, u32) {
     (code, expected)
 }
 
-fn write_memory(
-    memory: &GuestMemoryMmap,
-    code: &[u8],
-) -> Result<(), vm_memory::GuestMemoryError> {
+fn write_memory(memory: &GuestMemoryMmap, code: &[u8]) -> Result<(), vm_memory::GuestMemoryError> {
     let put = |value: u64, at: u64| memory.write_obj(value, GuestAddress(at));
     // 64-bit code, flat data: present, ring 0, 4 GiB.
     put(0x00af_9b00_0000_ffff, GDT + u64::from(CODE_SELECTOR))?;
@@ -172,9 +169,7 @@ fn write_memory(
 
 fn set_registers(vcpu: &VcpuFd, has_xsave: bool) -> Result<(), KvmError> {
     // Read and modify: types of the task register and the APIC base must stay as KVM made them.
-    let mut special = vcpu
-        .get_sregs()
-        .map_err(KvmError::call("KVM_GET_SREGS"))?;
+    let mut special = vcpu.get_sregs().map_err(KvmError::call("KVM_GET_SREGS"))?;
     let code = kvm_segment {
         base: 0,
         limit: 0xffff_ffff,
