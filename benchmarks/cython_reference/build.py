@@ -1,7 +1,8 @@
 """Build the Cython reference into ``build/cython/``.
 
-Run it as ``python benchmarks/cython_reference/build.py``, or call :func:`build`. Optimised as far as the Rust side is (``-O3``), so that the two can be set against each other.
-Does nothing when the built module is newer than its source. Prints the module's path.
+Run it as ``python benchmarks/cython_reference/build.py``, or call :func:`build`. Optimised as far
+as the Rust side is (``-O3``), so that the two can be set against each other. Does nothing when the
+built module is newer than its source. Run by hand it prints the module's path.
 """
 
 import sys

@@ -45,7 +45,10 @@ fn generate_services(include: &Path, files: &[PathBuf], out: &Path) -> Result<()
     for name in ["agent_ttrpc.rs", "health_ttrpc.rs"] {
         let path = services.join(name);
         let text = std::fs::read_to_string(&path)?;
-        std::fs::write(&path, text.replace("Code::NOT_FOUND", "Code::UNIMPLEMENTED"))?;
+        std::fs::write(
+            &path,
+            text.replace("Code::NOT_FOUND", "Code::UNIMPLEMENTED"),
+        )?;
     }
     // The generated files start with inner attributes, so they have to be modules of their own.
     std::fs::write(

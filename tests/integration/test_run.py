@@ -80,6 +80,7 @@ def test_output_is_complete_when_init_exits_at_once(containers: Containers, atte
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_256_mib_of_output_arrive_unchanged(containers: Containers) -> None:
     # Known bytes, no two MiB alike: the image's own busybox with a counter in front of each.
     count = 256

@@ -70,7 +70,10 @@ impl Cgroup {
     /// that manages its own puts its processes into `init`.
     pub(crate) fn tenant_subgroup(&self) -> Option<String> {
         const INIT: &str = "init";
-        self.directory().join(INIT).is_dir().then(|| INIT.to_owned())
+        self.directory()
+            .join(INIT)
+            .is_dir()
+            .then(|| INIT.to_owned())
     }
 
     /// Applies limits.

@@ -155,11 +155,13 @@ impl Container {
     /// libcontainer's init waits for a connection.
     async fn release(&self) -> Result<()> {
         // Through the directory's descriptor: a socket's path has 107 bytes at most.
-        let directory = std::fs::File::open(self.state_directory())
-            .on("open", self.state_directory())?;
+        let directory =
+            std::fs::File::open(self.state_directory()).on("open", self.state_directory())?;
         let descriptor = std::os::fd::AsRawFd::as_raw_fd(&directory);
         let path = format!("/proc/self/fd/{descriptor}/notify.sock");
-        let mut stream = UnixStream::connect(path).await.during("release container")?;
+        let mut stream = UnixStream::connect(path)
+            .await
+            .during("release container")?;
         stream
             .write_all(b"start container")
             .await

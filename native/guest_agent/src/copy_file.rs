@@ -80,7 +80,8 @@ fn copy_below(request: &CopyFileRequest, root: &Path) -> Result<()> {
             let file = openat(&directory, &temporary, flags, Mode::from_raw_mode(0o600))
                 .on("create", &path)?;
             let file = File::from(file);
-            file.write_all_at(&request.data, offset).on("write", &path)?;
+            file.write_all_at(&request.data, offset)
+                .on("write", &path)?;
             let written = i64::try_from(file.metadata().on("stat", &path)?.len());
             if written == Ok(request.file_size) {
                 fchown(&file, owner, group).on("own", &path)?;
@@ -155,13 +156,20 @@ mod tests {
         second.offset = 3;
         copy_below(&second, &tree.root).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"onetwo");
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o640
+        );
     }
 
     #[test]
     fn empty_file_directory_and_link_are_made() {
         let tree = Tree::new();
-        copy_below(&tree.request("empty", libc::S_IFREG | 0o600, b""), &tree.root).unwrap();
+        copy_below(
+            &tree.request("empty", libc::S_IFREG | 0o600, b""),
+            &tree.root,
+        )
+        .unwrap();
         copy_below(&tree.request("dir", libc::S_IFDIR | 0o700, b""), &tree.root).unwrap();
         copy_below(&tree.request("link", libc::S_IFLNK, b"empty"), &tree.root).unwrap();
         assert!(tree.root.join("dir").is_dir());

@@ -77,7 +77,8 @@ impl Devices {
         match driver {
             "blk" => {
                 let path = PciPath::parse(source)?;
-                self.wait_for(source, || path.find_block(Path::new("/sys"))).await
+                self.wait_for(source, || path.find_block(Path::new("/sys")))
+                    .await
             }
             "scsi" => {
                 let address = scsi_address(source)?;
@@ -85,7 +86,10 @@ impl Devices {
                 let look = || find_scsi(Path::new("/sys/class/block"), &address);
                 self.wait_for(source, look).await
             }
-            _ => Err(AgentError::invalid("device", format!("{driver} {source:?}"))),
+            _ => Err(AgentError::invalid(
+                "device",
+                format!("{driver} {source:?}"),
+            )),
         }
     }
 }
@@ -134,10 +138,16 @@ pub(crate) async fn update_spec(
     for device in devices {
         let path = device.container_path.as_str();
         if device.type_.is_empty() || path.is_empty() {
-            return Err(AgentError::invalid("device", "type and container path are needed"));
+            return Err(AgentError::invalid(
+                "device",
+                "type and container path are needed",
+            ));
         }
         if seen.contains(&path) {
-            return Err(AgentError::invalid("device", format!("{path} is given twice")));
+            return Err(AgentError::invalid(
+                "device",
+                format!("{path} is given twice"),
+            ));
         }
         seen.push(path);
         let source = if device.type_ == "mmioblk" || device.type_ == "nvdimm" {
@@ -154,7 +164,9 @@ pub(crate) async fn update_spec(
         let entry = entries
             .iter_mut()
             .find(|entry| entry.Path == path)
-            .ok_or_else(|| AgentError::invalid("device", format!("{path} is not in the OCI spec")))?;
+            .ok_or_else(|| {
+                AgentError::invalid("device", format!("{path} is not in the OCI spec"))
+            })?;
         entry.Major = i64::from(rustix::fs::major(number));
         entry.Minor = i64::from(rustix::fs::minor(number));
     }

@@ -156,7 +156,10 @@ pub(crate) fn reseed(data: &[u8]) -> Result<()> {
         return Err(AgentError::invalid("random data", "is empty"));
     }
     fs::write(DEVICE, data).on("write", DEVICE)?;
-    let device = fs::OpenOptions::new().write(true).open(DEVICE).on("open", DEVICE)?;
+    let device = fs::OpenOptions::new()
+        .write(true)
+        .open(DEVICE)
+        .on("open", DEVICE)?;
     let bits = libc::c_int::try_from(data.len().saturating_mul(8)).unwrap_or(libc::c_int::MAX);
     // SAFETY: the request reads one int, to which the pointer leads.
     let counted = unsafe { libc::ioctl(device.as_raw_fd(), RNDADDTOENTCNT, &raw const bits) };
@@ -272,7 +275,12 @@ mod tests {
     #[test]
     fn details_advertise_that_output_outlives_the_wait() {
         let response = details(&GuestDetailsRequest::new()).unwrap();
-        assert!(response.agent_details.extra_features.contains(&WAIT_KEEPS_OUTPUT.to_owned()));
+        assert!(
+            response
+                .agent_details
+                .extra_features
+                .contains(&WAIT_KEEPS_OUTPUT.to_owned())
+        );
     }
 
     #[test]

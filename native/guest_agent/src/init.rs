@@ -29,8 +29,20 @@ pub(crate) fn prepare() -> Vec<String> {
     let secure = MountFlags::NOSUID | MountFlags::NODEV;
     let no_exec = secure | MountFlags::NOEXEC;
     let mounts = [
-        Mount { source: "proc", target: "/proc", kind: "proc", flags: no_exec, data: c"" },
-        Mount { source: "sysfs", target: "/sys", kind: "sysfs", flags: no_exec, data: c"" },
+        Mount {
+            source: "proc",
+            target: "/proc",
+            kind: "proc",
+            flags: no_exec,
+            data: c"",
+        },
+        Mount {
+            source: "sysfs",
+            target: "/sys",
+            kind: "sysfs",
+            flags: no_exec,
+            data: c"",
+        },
         Mount {
             source: "devtmpfs",
             target: "/dev",
@@ -52,7 +64,13 @@ pub(crate) fn prepare() -> Vec<String> {
             flags: MountFlags::NOSUID | MountFlags::NOEXEC,
             data: c"gid=5,mode=0620,ptmxmode=0666",
         },
-        Mount { source: "tmpfs", target: "/run", kind: "tmpfs", flags: secure, data: c"mode=0755" },
+        Mount {
+            source: "tmpfs",
+            target: "/run",
+            kind: "tmpfs",
+            flags: secure,
+            data: c"mode=0755",
+        },
         Mount {
             source: "cgroup2",
             target: CGROUP_ROOT,
@@ -96,7 +114,13 @@ fn attach(entry: &Mount) -> Result<()> {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(error) => return Err(error).on("create", entry.target),
     }
-    match mount(entry.source, entry.target, entry.kind, entry.flags, entry.data) {
+    match mount(
+        entry.source,
+        entry.target,
+        entry.kind,
+        entry.flags,
+        entry.data,
+    ) {
         // devtmpfs may be there from the kernel.
         Ok(()) | Err(Errno::BUSY) => Ok(()),
         Err(error) => Err(error).on("mount", entry.target),

@@ -120,9 +120,8 @@ fn write_kernel(logger: &Logger, level: Level, subsystem: &str, message: &str) {
     };
     if let Some(mut kernel) = logger.kernel.as_ref() {
         // One write is one record; the log has nowhere to report its own failure.
-        let _ = kernel.write_all(
-            format!("<{priority}>kata-agent: {subsystem}: {message}\n").as_bytes(),
-        );
+        let _ = kernel
+            .write_all(format!("<{priority}>kata-agent: {subsystem}: {message}\n").as_bytes());
     }
 }
 
@@ -182,7 +181,9 @@ pub(crate) async fn serve(port: u32) {
         Some(listener) => listener.accept().await,
         None => return,
     };
-    let Ok((mut stream, _)) = accepted else { return };
+    let Ok((mut stream, _)) = accepted else {
+        return;
+    };
     loop {
         let pending = logger.pending.notified();
         let batch: Vec<String> = lock(&logger.ring).drain(..).collect();
@@ -190,7 +191,10 @@ pub(crate) async fn serve(port: u32) {
             pending.await;
             continue;
         }
-        if AsyncWriteExt::write_all(&mut stream, batch.concat().as_bytes()).await.is_err() {
+        if AsyncWriteExt::write_all(&mut stream, batch.concat().as_bytes())
+            .await
+            .is_err()
+        {
             return;
         }
     }

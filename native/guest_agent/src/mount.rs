@@ -128,7 +128,14 @@ pub(crate) fn mount_at(
         } else {
             MountFlags::BIND
         };
-        mount(source, through.as_str(), "", recursive, None::<&std::ffi::CStr>).on("bind mount on", target)?;
+        mount(
+            source,
+            through.as_str(),
+            "",
+            recursive,
+            None::<&std::ffi::CStr>,
+        )
+        .on("bind mount on", target)?;
         if !options.flags.is_empty() {
             // The flags of a bind mount only count when it is remounted; the descriptor still shows
             // what lies below, so it is looked up again.
@@ -140,8 +147,14 @@ pub(crate) fn mount_at(
     } else {
         let data = CString::new(options.data.as_str())
             .map_err(|_| AgentError::invalid("mount option", "holds a NUL byte"))?;
-        mount(source, through.as_str(), filesystem, options.flags, data.as_c_str())
-            .on("mount on", target)?;
+        mount(
+            source,
+            through.as_str(),
+            filesystem,
+            options.flags,
+            data.as_c_str(),
+        )
+        .on("mount on", target)?;
     }
     if !options.propagation.is_empty() {
         let mounted = resolve(target)?;

@@ -64,9 +64,12 @@ impl OomEvents {
     pub(crate) fn watch(&self, container_id: &str, cgroup: &Cgroup) -> Result<()> {
         let events = cgroup.directory().join("memory.events");
         let mut watches = lock(&self.watches);
-        let number =
-            inotify::add_watch(self.descriptor.get_ref(), &events, inotify::WatchFlags::MODIFY)
-                .on("watch", &events)?;
+        let number = inotify::add_watch(
+            self.descriptor.get_ref(),
+            &events,
+            inotify::WatchFlags::MODIFY,
+        )
+        .on("watch", &events)?;
         watches.insert(
             number,
             Watch {

@@ -67,10 +67,7 @@ impl Reaper {
         Self::insert(&mut self.lock(), pid)
     }
 
-    fn insert(
-        waiters: &mut HashMap<i32, watch::Sender<Option<Exit>>>,
-        pid: i32,
-    ) -> ExitReceiver {
+    fn insert(waiters: &mut HashMap<i32, watch::Sender<Option<Exit>>>, pid: i32) -> ExitReceiver {
         let (sender, receiver) = watch::channel(None);
         waiters.insert(pid, sender);
         receiver

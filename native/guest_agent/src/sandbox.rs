@@ -164,7 +164,10 @@ impl Sandbox {
     async fn load_module(&self, name: &str, parameters: &[String]) -> Result<()> {
         let mut command = Command::new("/sbin/modprobe");
         command.arg("-v").arg("--").arg(name).args(parameters);
-        let (_, mut exit) = self.reaper.spawn(&mut command).on("run", "/sbin/modprobe")?;
+        let (_, mut exit) = self
+            .reaper
+            .spawn(&mut command)
+            .on("run", "/sbin/modprobe")?;
         let exit = timeout(MODPROBE_DEADLINE, exited(&mut exit))
             .await
             .map_err(|_| AgentError::Timeout { what: "modprobe" })?;
@@ -311,5 +314,11 @@ fn set_dns(lines: &[String]) -> Result<()> {
         is_bind: true,
         ..Options::default()
     };
-    mount_at(&source, Path::new(TARGET), "bind", &options, TargetKind::File)
+    mount_at(
+        &source,
+        Path::new(TARGET),
+        "bind",
+        &options,
+        TargetKind::File,
+    )
 }

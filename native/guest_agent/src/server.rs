@@ -12,15 +12,16 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use protocols::agent::{
-    AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest,
-    CreateContainerRequest, CreateSandboxRequest, DestroySandboxRequest, ExecProcessRequest,
-        GetMetricsRequest, GetOOMEventRequest, GuestDetailsRequest, GuestDetailsResponse, Interfaces,
-    ListInterfacesRequest, ListRoutesRequest,     MemHotplugByProbeRequest, Metrics, OOMEvent, OnlineCPUMemRequest, PauseContainerRequest,
-    ReadStreamRequest, ReadStreamResponse, RemoveContainerRequest,
-    ReseedRandomDevRequest,     ResumeContainerRequest, Routes, SetGuestDateTimeRequest,     SignalProcessRequest, StartContainerRequest,
-    StatsContainerRequest, StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest,
-    UpdateInterfaceRequest, UpdateRoutesRequest, VolumeStatsRequest,
-    WaitProcessRequest, WaitProcessResponse, WriteStreamRequest, WriteStreamResponse,
+    AddARPNeighborsRequest, CloseStdinRequest, CopyFileRequest, CreateContainerRequest,
+    CreateSandboxRequest, DestroySandboxRequest, ExecProcessRequest, GetMetricsRequest,
+    GetOOMEventRequest, GuestDetailsRequest, GuestDetailsResponse, Interfaces,
+    ListInterfacesRequest, ListRoutesRequest, MemHotplugByProbeRequest, Metrics, OOMEvent,
+    OnlineCPUMemRequest, PauseContainerRequest, ReadStreamRequest, ReadStreamResponse,
+    RemoveContainerRequest, ReseedRandomDevRequest, ResumeContainerRequest, Routes,
+    SetGuestDateTimeRequest, SignalProcessRequest, StartContainerRequest, StatsContainerRequest,
+    StatsContainerResponse, TtyWinResizeRequest, UpdateContainerRequest, UpdateInterfaceRequest,
+    UpdateRoutesRequest, VolumeStatsRequest, WaitProcessRequest, WaitProcessResponse,
+    WriteStreamRequest, WriteStreamResponse,
 };
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::agent_types::Interface;
@@ -223,7 +224,8 @@ impl AgentService for Agent {
     }
 
     async fn close_stdin(&self, _: &Context, request: CloseStdinRequest) -> Reply<Empty> {
-        self.write(&request.container_id, &request.exec_id, &[]).await?;
+        self.write(&request.container_id, &request.exec_id, &[])
+            .await?;
         Ok(Empty::new())
     }
 

@@ -105,7 +105,10 @@ pub(crate) struct AgentPipes {
 /// `/dev/null` cannot be opened.
 pub(crate) fn null_stdio() -> Result<ChildStdio> {
     let open = || {
-        let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null");
+        let null = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/null");
         null.map(OwnedFd::from).on("open", "/dev/null")
     };
     Ok(ChildStdio {

@@ -47,7 +47,11 @@ impl StorageTable {
     ///
     /// # Errors
     /// A driver is unknown, a device does not appear, or a mount fails.
-    pub(crate) async fn add(&self, storages: &[Storage], devices: &Devices) -> Result<Vec<PathBuf>> {
+    pub(crate) async fn add(
+        &self,
+        storages: &[Storage],
+        devices: &Devices,
+    ) -> Result<Vec<PathBuf>> {
         let mut added = Vec::with_capacity(storages.len());
         for storage in storages {
             match self.add_one(storage, devices).await {
@@ -125,7 +129,11 @@ fn attach(storage: &Storage, source: &str, target: &Path) -> Result<bool> {
             let mut options = Options::parse(words())?;
             options.is_bind |= storage.fstype == "bind";
             let is_file = options.is_bind && Path::new(source).is_file();
-            let kind = if is_file { TargetKind::File } else { TargetKind::Directory };
+            let kind = if is_file {
+                TargetKind::File
+            } else {
+                TargetKind::Directory
+            };
             mount_at(source, target, &storage.fstype, &options, kind)?;
             true
         }

@@ -17,7 +17,7 @@ mod messages {
     include!(concat!(env!("OUT_DIR"), "/services.rs"));
 }
 
+pub use messages::{agent, agent_types, csi, health, oci};
 #[cfg(feature = "server")]
 pub use messages::{agent_ttrpc, health_ttrpc};
-pub use messages::{agent, agent_types, csi, health, oci};
 pub use protobuf::well_known_types::empty;

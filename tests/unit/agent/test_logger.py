@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ async def opening(
     *, ready_timeout_s: float = TIMEOUT_S, end_timeout_s: float = TIMEOUT_S
 ) -> AsyncIterator[StreamOpener]:
     """Open streams for a while; at the end no descriptor of ours is left."""
+    gc.collect()  # what other tests forgot is not to vanish meanwhile
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - only counted
     reaper = ProcessReaper()
     opener = StreamOpener(
@@ -40,7 +42,7 @@ async def opening(
     finally:
         await opener.close()
         reaper.close()
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
 
 
 def script(path: Path, text: str, *, interpreter: str = "/bin/sh") -> str:

@@ -1,4 +1,5 @@
 import fcntl
+import gc
 import os
 import stat
 from collections.abc import Iterator
@@ -23,9 +24,10 @@ def fifos(tmp_path: Path) -> Stdio:
 @pytest.fixture
 def open_fds() -> Iterator[None]:
     """No descriptor is left behind."""
+    gc.collect()  # what other tests forgot is not to vanish meanwhile
     before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names are what is compared
     yield
-    assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert set(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
 
 
 def read_now(path: str) -> bytes:

@@ -66,7 +66,9 @@ impl Bundle {
     /// Makes the working directory where the image lacks it, as other runtimes do. Links are
     /// resolved inside the root. What cannot be made is reported when the process goes there.
     pub(super) fn create_working_directory(&self, spec: &Spec) {
-        let Some(process) = spec.process() else { return };
+        let Some(process) = spec.process() else {
+            return;
+        };
         let wanted = process.cwd();
         let is_mounted = spec.mounts().iter().flatten().any(|mount| {
             mount.destination() != Path::new("/") && wanted.starts_with(mount.destination())
@@ -99,7 +101,11 @@ impl Bundle {
 
 /// Creates a directory inside `root`, as a process with that root would see the path.
 fn create_in_root(root: &Path, path: &Path) -> rustix::io::Result<()> {
-    let root = open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let root = open(
+        root,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
     let look = |path: &Path| {
         openat2(
             &root,

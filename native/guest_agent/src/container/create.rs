@@ -39,7 +39,10 @@ pub(crate) async fn create(sandbox: &Arc<Sandbox>, request: CreateContainerReque
 
     let mut source = source.clone();
     device::update_spec(&mut source, &request.devices, &sandbox.devices).await?;
-    let storages = sandbox.storages.add(&request.storages, &sandbox.devices).await?;
+    let storages = sandbox
+        .storages
+        .add(&request.storages, &sandbox.devices)
+        .await?;
     let built = build(
         sandbox,
         &id,
@@ -107,7 +110,10 @@ async fn build(
     let wire = source.Process.get_or_default();
     let (process, launched) = run(sandbox, order, wire).await?;
     if sandbox.oom.watch(id, cgroup).is_err() {
-        log::warning("container", format!("{id}: memory events cannot be watched"));
+        log::warning(
+            "container",
+            format!("{id}: memory events cannot be watched"),
+        );
     }
     sandbox.record_pid_namespace(&process);
     let spec_process = spec.process().as_ref();
@@ -121,7 +127,10 @@ async fn build(
         bundle: bundle.clone(),
         storages: storages.to_vec(),
         capabilities: spec_process.and_then(|process| process.capabilities().clone()),
-        has_seccomp: spec.linux().as_ref().is_some_and(|linux| linux.seccomp().is_some()),
+        has_seccomp: spec
+            .linux()
+            .as_ref()
+            .is_some_and(|linux| linux.seccomp().is_some()),
     })
 }
 
@@ -152,8 +161,7 @@ pub(super) async fn run(
         let stdio = ProcessStdio::pipes(agent, &launched.exit)?;
         return Ok(finish(launched, stdio));
     }
-    let mut launched =
-        launch(reaper, order, null_stdio()?, Some(CONSOLE_DIRECTORY.into())).await?;
+    let mut launched = launch(reaper, order, null_stdio()?, Some(CONSOLE_DIRECTORY.into())).await?;
     let master = launched.console.take().ok_or(AgentError::NoTty)?;
     own_terminal(&master, uid)?;
     let stdio = ProcessStdio::terminal(master, &launched.exit)?;
@@ -200,7 +208,10 @@ fn check_id(id: &str) -> Result<()> {
     const MAX_BYTES: usize = 200;
     let is_word = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     let is_valid = (2..=MAX_BYTES).contains(&id.len())
-        && id.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
+        && id
+            .bytes()
+            .next()
+            .is_some_and(|first| first.is_ascii_alphanumeric())
         && id.bytes().all(is_word);
     if is_valid {
         Ok(())

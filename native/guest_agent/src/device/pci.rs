@@ -18,7 +18,9 @@ impl PciPath {
             .split('/')
             .map(|element| {
                 let (slot, function) = element.split_once('.').unwrap_or((element, "0"));
-                let slot = u8::from_str_radix(slot, 16).ok().filter(|slot| *slot < 32)?;
+                let slot = u8::from_str_radix(slot, 16)
+                    .ok()
+                    .filter(|slot| *slot < 32)?;
                 let function = u8::from_str_radix(function, 16).ok().filter(|f| *f < 8)?;
                 Some((slot, function))
             })
@@ -43,10 +45,14 @@ impl PciPath {
     /// The node of the virtio block device in this place.
     pub(crate) fn find_block(&self, sys: &Path) -> Option<PathBuf> {
         let device = self.directory(sys)?;
-        let virtio = fs::read_dir(device).ok()?.flatten().find(|entry| {
-            entry.file_name().to_string_lossy().starts_with("virtio")
-        })?;
-        let block = fs::read_dir(virtio.path().join("block")).ok()?.flatten().next()?;
+        let virtio = fs::read_dir(device)
+            .ok()?
+            .flatten()
+            .find(|entry| entry.file_name().to_string_lossy().starts_with("virtio"))?;
+        let block = fs::read_dir(virtio.path().join("block"))
+            .ok()?
+            .flatten()
+            .next()?;
         let node = Path::new("/dev").join(block.file_name());
         node.exists().then_some(node)
     }
@@ -54,10 +60,14 @@ impl PciPath {
     /// The name of the network interface in this place.
     pub(crate) fn find_interface(&self, sys: &Path) -> Option<String> {
         let device = self.directory(sys)?;
-        let virtio = fs::read_dir(device).ok()?.flatten().find(|entry| {
-            entry.file_name().to_string_lossy().starts_with("virtio")
-        })?;
-        let interface = fs::read_dir(virtio.path().join("net")).ok()?.flatten().next()?;
+        let virtio = fs::read_dir(device)
+            .ok()?
+            .flatten()
+            .find(|entry| entry.file_name().to_string_lossy().starts_with("virtio"))?;
+        let interface = fs::read_dir(virtio.path().join("net"))
+            .ok()?
+            .flatten()
+            .next()?;
         interface.file_name().into_string().ok()
     }
 }
@@ -68,7 +78,10 @@ mod tests {
 
     #[test]
     fn slots_and_functions_are_read() {
-        assert_eq!(PciPath::parse("02/1f.3").unwrap(), PciPath(vec![(2, 0), (31, 3)]));
+        assert_eq!(
+            PciPath::parse("02/1f.3").unwrap(),
+            PciPath(vec![(2, 0), (31, 3)])
+        );
         for text in ["", "20", "2/", "1.8", "x", "../.."] {
             assert!(PciPath::parse(text).is_err(), "{text}");
         }

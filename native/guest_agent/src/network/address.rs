@@ -65,7 +65,11 @@ impl FromStr for MacAddress {
         let invalid = || AgentError::invalid("hardware address", text);
         let bytes = text
             .split(':')
-            .map(|byte| u8::from_str_radix(byte, 16).ok().filter(|_| byte.len() == 2))
+            .map(|byte| {
+                u8::from_str_radix(byte, 16)
+                    .ok()
+                    .filter(|_| byte.len() == 2)
+            })
             .collect::<Option<Vec<u8>>>()
             .ok_or_else(invalid)?;
         bytes.try_into().map(Self).map_err(|_| invalid())

@@ -117,7 +117,9 @@ fn find<'a>(links: &'a [LinkMessage], mac: MacAddress, name: &str) -> Result<&'a
         .iter()
         .find(|link| has_mac(link, mac))
         .or_else(|| links.iter().find(|link| link_name(link) == Some(name)))
-        .ok_or_else(|| AgentError::invalid("interface", format!("no link has {mac} or is {name:?}")))
+        .ok_or_else(|| {
+            AgentError::invalid("interface", format!("no link has {mac} or is {name:?}"))
+        })
 }
 
 fn has_mac(link: &LinkMessage, mac: MacAddress) -> bool {
@@ -139,10 +141,15 @@ pub(crate) async fn list_interfaces() -> Result<Interfaces> {
     let netlink = Netlink::open()?;
     let links = netlink.links().await?;
     let addresses = netlink.handle.address().get().execute();
-    let addresses: Vec<AddressMessage> =
-        addresses.try_collect().await.while_doing("list addresses")?;
+    let addresses: Vec<AddressMessage> = addresses
+        .try_collect()
+        .await
+        .while_doing("list addresses")?;
     let mut response = Interfaces::new();
-    response.Interfaces = links.iter().map(|link| interface(link, &addresses)).collect();
+    response.Interfaces = links
+        .iter()
+        .map(|link| interface(link, &addresses))
+        .collect();
     Ok(response)
 }
 
@@ -171,10 +178,13 @@ fn interface(link: &LinkMessage, addresses: &[AddressMessage]) -> Interface {
 }
 
 fn ip(message: &AddressMessage) -> Option<IPAddress> {
-    let address = message.attributes.iter().find_map(|attribute| match attribute {
-        AddressAttribute::Address(address) => Some(*address),
-        _ => None,
-    })?;
+    let address = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        })?;
     let mut result = IPAddress::new();
     result.family = family(address).into();
     result.address = address.to_string();

@@ -99,11 +99,14 @@ async fn list(netlink: &Netlink) -> Result<Routes> {
         RouteMessageBuilder::<Ipv6Addr>::new().build(),
     ] {
         let messages = netlink.handle.route().get(query).execute();
-        let messages: Vec<RouteMessage> = messages.try_collect().await.while_doing("list routes")?;
+        let messages: Vec<RouteMessage> =
+            messages.try_collect().await.while_doing("list routes")?;
         let main = messages
             .iter()
             .filter(|message| message.header.table == RouteHeader::RT_TABLE_MAIN);
-        response.Routes.extend(main.map(|message| route(message, &name_of)));
+        response
+            .Routes
+            .extend(main.map(|message| route(message, &name_of)));
     }
     Ok(response)
 }
@@ -128,7 +131,9 @@ fn route(message: &RouteMessage, name_of: &dyn Fn(u32) -> String) -> Route {
                 }
             }
             RouteAttribute::PrefSource(address) => {
-                route.source = ip(address).map(|source| source.to_string()).unwrap_or_default();
+                route.source = ip(address)
+                    .map(|source| source.to_string())
+                    .unwrap_or_default();
             }
             RouteAttribute::Oif(index) => route.device = name_of(*index),
             RouteAttribute::Metrics(metrics) => {

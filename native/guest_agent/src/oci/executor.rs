@@ -67,7 +67,8 @@ impl AgentExecutor {
     fn execute(&self, spec: &Spec) -> Result<Infallible, String> {
         let program = find_program(spec)?;
         if let Some(profile) = &self.seccomp {
-            initialize_seccomp(profile).map_err(|error| format!("load seccomp profile: {error}"))?;
+            initialize_seccomp(profile)
+                .map_err(|error| format!("load seccomp profile: {error}"))?;
         }
         if let Some(capabilities) = &self.restricted {
             restrict(capabilities).map_err(|error| format!("drop capabilities: {error}"))?;
@@ -130,20 +131,29 @@ fn restrict(wanted: &LinuxCapabilities) -> Result<(), caps::errors::CapsError> {
 
 /// Looks the program up as `execvp` would, and says what is wrong with it as runc does.
 fn find_program(spec: &Spec) -> Result<PathBuf, String> {
-    let name = arguments(spec).first().map(String::as_str).unwrap_or_default();
+    let name = arguments(spec)
+        .first()
+        .map(String::as_str)
+        .unwrap_or_default();
     if name.contains('/') {
         return match check_program(Path::new(name)) {
             Ok(()) => Ok(PathBuf::from(name)),
             Err(libc::EACCES) => Err(format!("exec: {name:?}: permission denied")),
             Err(libc::EISDIR) => Err(format!("exec: {name:?}: is a directory")),
-            Err(errno) => Err(format!("exec: {name:?}: stat {name}: {}", errno_text(errno))),
+            Err(errno) => Err(format!(
+                "exec: {name:?}: stat {name}: {}",
+                errno_text(errno)
+            )),
         };
     }
     let not_found = || format!("exec: {name:?}: executable file not found in $PATH");
     if name.is_empty() {
         return Err(not_found());
     }
-    let environment = spec.process().as_ref().and_then(|process| process.env().as_deref());
+    let environment = spec
+        .process()
+        .as_ref()
+        .and_then(|process| process.env().as_deref());
     let search = environment
         .unwrap_or_default()
         .iter()

@@ -93,7 +93,8 @@ fn launch_blocking(
     let mut child = spawn(reaper, stdio, &child_control, &child_failure)?;
     drop((child_control, child_failure));
 
-    let packet = serde_json::to_vec(&order).map_err(|error| AgentError::Runtime(error.to_string()))?;
+    let packet =
+        serde_json::to_vec(&order).map_err(|error| AgentError::Runtime(error.to_string()))?;
     send(&control, &packet, SendFlags::NOSIGNAL).during("send order")?;
     let outcome = child.follow(control.as_fd());
     let pid = match outcome {
@@ -127,7 +128,8 @@ pub(crate) fn start_error(text: &str) -> AgentError {
 pub(crate) fn read_failure(failure: BorrowedFd<'_>) -> Option<String> {
     let mut text = [0_u8; 4096];
     let length = rustix::io::read(failure, &mut text).ok()?;
-    (length > 0).then(|| String::from_utf8_lossy(text.get(..length).unwrap_or_default()).into_owned())
+    (length > 0)
+        .then(|| String::from_utf8_lossy(text.get(..length).unwrap_or_default()).into_owned())
 }
 
 struct Child {
@@ -212,8 +214,9 @@ impl Child {
             Ok(0) => Err(AgentError::Timeout {
                 what: "making the container process",
             }),
-            Ok(_) => Ok(self.pidfd.is_none()
-                || fds.get(1).is_some_and(|fd| !fd.revents().is_empty())),
+            Ok(_) => {
+                Ok(self.pidfd.is_none() || fds.get(1).is_some_and(|fd| !fd.revents().is_empty()))
+            }
             Err(rustix::io::Errno::INTR) => Ok(false),
             Err(error) => Err(error).during("wait for container child"),
         }
@@ -253,7 +256,9 @@ impl ConsoleSocket {
 
     /// The process is made, so the terminal was sent before: nothing here has to wait.
     fn receive(&self) -> Result<OwnedFd> {
-        self.listener.set_nonblocking(true).during("set console socket")?;
+        self.listener
+            .set_nonblocking(true)
+            .during("set console socket")?;
         let (stream, _) = self.listener.accept().during("accept console")?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);

@@ -32,7 +32,11 @@ impl Subscriber for NoteSubscriber {
         let note = Report::Note(text.join());
         if let Ok(packet) = serde_json::to_vec(&note) {
             // The agent may have stopped listening; the note is then of no use to anybody.
-            let _ = send(self.control, &packet, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+            let _ = send(
+                self.control,
+                &packet,
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+            );
         }
     }
 

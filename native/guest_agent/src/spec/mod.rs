@@ -64,7 +64,11 @@ pub(crate) fn container(
         }
     }
     insert_unless(&mut section, "sysctl", sysctl.is_empty(), json!(sysctl));
-    if let Some(profile) = linux.Seccomp.as_ref().filter(|p| !p.DefaultAction.is_empty()) {
+    if let Some(profile) = linux
+        .Seccomp
+        .as_ref()
+        .filter(|p| !p.DefaultAction.is_empty())
+    {
         section.insert("seccomp".into(), seccomp(profile));
     }
 
@@ -123,10 +127,7 @@ fn linux_section(
     let mut section = Map::new();
     section.insert("cgroupsPath".into(), json!(cgroups_path));
     section.insert("namespaces".into(), namespaces(linux, shared)?);
-    section.insert(
-        "devices".into(),
-        linux.Devices.iter().map(device).collect(),
-    );
+    section.insert("devices".into(), linux.Devices.iter().map(device).collect());
     if let Some(limits) = linux.Resources.as_ref() {
         section.insert("resources".into(), resources::json_form(limits));
         if !limits.Devices.is_empty() {
@@ -202,11 +203,20 @@ fn mount(source: &oci::Mount) -> Value {
         .options
         .iter()
         .any(|option| option == "bind" || option == "rbind");
-    let kind = if is_bind { "bind" } else { source.type_.as_str() };
+    let kind = if is_bind {
+        "bind"
+    } else {
+        source.type_.as_str()
+    };
     let mut value = json!({ "destination": source.destination, "options": source.options });
     if let Some(map) = value.as_object_mut() {
         insert_unless(map, "type", kind.is_empty(), json!(kind));
-        insert_unless(map, "source", source.source.is_empty(), json!(source.source));
+        insert_unless(
+            map,
+            "source",
+            source.source.is_empty(),
+            json!(source.source),
+        );
     }
     value
 }
@@ -239,7 +249,12 @@ fn seccomp(source: &oci::LinuxSeccomp) -> Value {
     });
     if let Some(map) = value.as_object_mut() {
         let architectures = &source.Architectures;
-        insert_unless(map, "architectures", architectures.is_empty(), json!(architectures));
+        insert_unless(
+            map,
+            "architectures",
+            architectures.is_empty(),
+            json!(architectures),
+        );
         insert_unless(map, "flags", source.Flags.is_empty(), json!(source.Flags));
     }
     value

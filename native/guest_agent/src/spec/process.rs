@@ -76,7 +76,10 @@ pub(super) fn json_form(
     }
     let strings = source.Args.iter().chain(&source.Env);
     if strings.chain([&source.Cwd]).any(|text| text.contains('\0')) {
-        return Err(AgentError::invalid("OCI process", "a string holds a NUL byte"));
+        return Err(AgentError::invalid(
+            "OCI process",
+            "a string holds a NUL byte",
+        ));
     }
     // Entries that name no variable cannot be set; other runtimes drop them too.
     let environment: Vec<&String> = source
@@ -109,7 +112,12 @@ pub(super) fn json_form(
             (None, Some(inherited)) => Some(json!(inherited)),
             (None, None) => None,
         };
-        insert_unless(map, "capabilities", capabilities.is_none(), json!(capabilities));
+        insert_unless(
+            map,
+            "capabilities",
+            capabilities.is_none(),
+            json!(capabilities),
+        );
     }
     Ok(value)
 }

@@ -54,7 +54,12 @@ pub(super) fn json_form(source: &oci::LinuxResources) -> Value {
 
 fn block_io(source: &oci::LinuxBlockIO) -> Value {
     let mut section = Map::new();
-    insert_unless(&mut section, "weight", source.Weight == 0, json!(source.Weight));
+    insert_unless(
+        &mut section,
+        "weight",
+        source.Weight == 0,
+        json!(source.Weight),
+    );
     let weights: Vec<Value> = source
         .WeightDevice
         .iter()
@@ -62,7 +67,12 @@ fn block_io(source: &oci::LinuxBlockIO) -> Value {
             json!({ "major": device.Major, "minor": device.Minor, "weight": device.Weight })
         })
         .collect();
-    insert_unless(&mut section, "weightDevice", weights.is_empty(), json!(weights));
+    insert_unless(
+        &mut section,
+        "weightDevice",
+        weights.is_empty(),
+        json!(weights),
+    );
     for (key, devices) in [
         ("throttleReadBpsDevice", &source.ThrottleReadBpsDevice),
         ("throttleWriteBpsDevice", &source.ThrottleWriteBpsDevice),

@@ -39,12 +39,21 @@ fn namespaces_are_completed_shared_and_never_network() {
         add_namespace(&mut source, kind);
     }
     let converted = convert(&source).unwrap().spec;
-    let list = converted.linux().as_ref().unwrap().namespaces().clone().unwrap();
+    let list = converted
+        .linux()
+        .as_ref()
+        .unwrap()
+        .namespaces()
+        .clone()
+        .unwrap();
     let types: Vec<_> = list.iter().map(|entry| entry.typ()).collect();
     assert!(types.contains(&LinuxNamespaceType::Pid));
     assert!(types.contains(&LinuxNamespaceType::Mount));
     assert!(!types.contains(&LinuxNamespaceType::Network));
-    let ipc = list.iter().find(|entry| entry.typ() == LinuxNamespaceType::Ipc).unwrap();
+    let ipc = list
+        .iter()
+        .find(|entry| entry.typ() == LinuxNamespaceType::Ipc)
+        .unwrap();
     assert_eq!(ipc.path().as_deref(), Some(Path::new("/ns/ipc")));
 }
 
@@ -63,7 +72,13 @@ fn both_capability_spellings_are_read_and_unknown_ones_dropped() {
     source.Process.mut_or_insert_default().Capabilities = MessageField::some(sets);
     let converted = convert(&source).unwrap().spec;
     let process = converted.process().as_ref().unwrap();
-    let bounding = process.capabilities().as_ref().unwrap().bounding().clone().unwrap();
+    let bounding = process
+        .capabilities()
+        .as_ref()
+        .unwrap()
+        .bounding()
+        .clone()
+        .unwrap();
     assert_eq!(bounding, [Capability::SysAdmin, Capability::Chown].into());
 }
 
@@ -75,7 +90,13 @@ fn every_listed_capability_is_one_the_specification_knows() {
     source.Process.mut_or_insert_default().Capabilities = MessageField::some(sets);
     let converted = convert(&source).unwrap().spec;
     let process = converted.process().as_ref().unwrap();
-    let bounding = process.capabilities().as_ref().unwrap().bounding().clone().unwrap();
+    let bounding = process
+        .capabilities()
+        .as_ref()
+        .unwrap()
+        .bounding()
+        .clone()
+        .unwrap();
     assert_eq!(bounding.len(), caps::all().len());
 }
 
@@ -83,14 +104,23 @@ fn every_listed_capability_is_one_the_specification_knows() {
 fn network_sysctls_are_left_to_the_guest() {
     let mut source = minimal();
     let linux = source.Linux.mut_or_insert_default();
-    linux.Sysctl.insert("net.ipv4.ip_forward".into(), "1".into());
+    linux
+        .Sysctl
+        .insert("net.ipv4.ip_forward".into(), "1".into());
     linux.Sysctl.insert("kernel/shmmax".into(), "9".into());
     let converted = convert(&source).unwrap();
     assert_eq!(
         converted.network_sysctls,
         [("net.ipv4.ip_forward".to_owned(), "1".to_owned())]
     );
-    let sysctl = converted.spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
+    let sysctl = converted
+        .spec
+        .linux()
+        .as_ref()
+        .unwrap()
+        .sysctl()
+        .clone()
+        .unwrap();
     assert_eq!(sysctl.len(), 1);
 }
 
@@ -135,7 +165,13 @@ fn seccomp_errno_zero_means_the_default() {
     profile.Syscalls = vec![rule];
     source.Linux.mut_or_insert_default().Seccomp = MessageField::some(profile);
     let converted = convert(&source).unwrap().spec;
-    let seccomp = converted.linux().as_ref().unwrap().seccomp().clone().unwrap();
+    let seccomp = converted
+        .linux()
+        .as_ref()
+        .unwrap()
+        .seccomp()
+        .clone()
+        .unwrap();
     assert_eq!(seccomp.syscalls().as_ref().unwrap()[0].errno_ret(), None);
 }
 
@@ -161,7 +197,11 @@ struct LinuxCapabilitiesFor;
 
 impl LinuxCapabilitiesFor {
     fn chown() -> libcontainer::oci_spec::runtime::LinuxCapabilities {
-        parse("capabilities", json!({ "bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"] })).unwrap()
+        parse(
+            "capabilities",
+            json!({ "bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"] }),
+        )
+        .unwrap()
     }
 }
 

@@ -23,7 +23,9 @@ fn exit(sender: &ExitSender) {
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(10), future).await.unwrap()
+    tokio::time::timeout(Duration::from_secs(10), future)
+        .await
+        .unwrap()
 }
 
 #[tokio::test]
@@ -67,10 +69,7 @@ async fn endless_descendant_does_not_keep_the_stream_open() {
     let (mut writer, output, sender) = stream();
     exit(&sender);
     let thread = std::thread::spawn(move || while writer.write_all(&[1; 4096]).is_ok() {});
-    within(async {
-        while !output.read(4096).await.unwrap().is_empty() {}
-    })
-    .await;
+    within(async { while !output.read(4096).await.unwrap().is_empty() {} }).await;
     thread.join().unwrap();
 }
 
@@ -86,10 +85,8 @@ async fn end_of_pipe_is_the_end_while_the_process_runs() {
 async fn read_waits_for_the_first_byte() {
     let (mut writer, output, _sender) = stream();
     let read = output.read(10);
-    let (data, ()) = within(async {
-        tokio::join!(read, async { writer.write_all(b"x").unwrap() })
-    })
-    .await;
+    let (data, ()) =
+        within(async { tokio::join!(read, async { writer.write_all(b"x").unwrap() }) }).await;
     assert_eq!(data.unwrap(), b"x");
 }
 

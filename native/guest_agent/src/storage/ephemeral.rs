@@ -30,7 +30,13 @@ pub(super) fn mount(storage: &Storage, target: &Path) -> Result<()> {
     } else {
         "tmpfs"
     };
-    mount_at(filesystem, target, filesystem, &options, TargetKind::Directory)?;
+    mount_at(
+        filesystem,
+        target,
+        filesystem,
+        &options,
+        TargetKind::Directory,
+    )?;
     match group {
         Some(group) => set_group(target, group),
         None => Ok(()),
