@@ -21,12 +21,12 @@ def mount(entry: Mount, target: Path) -> None:
     try:
         host.mount(entry.source, os.fspath(target), entry.type, list(entry.options))
     except (FileNotFoundError, NotADirectoryError) as exc:
-        message = f"mount {entry.type} {entry.source} on {target}: {exc.strerror}"
+        message = f"mount {entry.type} {entry.source} on {target}: {os.strerror(exc.errno or 0)}"
         raise InvalidArgumentError(message) from exc
     except OSError as exc:
         message = (
             f"mount {entry.type} {entry.source} on {target} "
-            f"(options {','.join(entry.options) or 'none'}): {exc.strerror}"
+            f"(options {','.join(entry.options) or 'none'}): {os.strerror(exc.errno or 0)}"
         )
         raise FailedPreconditionError(message) from exc
 
@@ -51,5 +51,5 @@ def unmount(target: Path) -> None:
     try:
         host.unmount(os.fspath(target))
     except OSError as exc:
-        message = f"unmount {target}: {exc.strerror}"
+        message = f"unmount {target}: {os.strerror(exc.errno or 0)}"
         raise FailedPreconditionError(message) from exc

@@ -281,7 +281,7 @@ mod tests {
         ) {
             let memory = memory();
             let total: u32 = lens.iter().sum();
-            let bytes: Vec<u8> = (0..total).map(|i| (i % 251) as u8).collect();
+            let bytes: Vec<u8> = (0..total).map(|i| u8::try_from(i % 251).unwrap()).collect();
             memory.write_slice(&bytes, GuestAddress(start)).unwrap();
             let mut at = start;
             let chain: Vec<Descriptor> = lens.iter().map(|len| {

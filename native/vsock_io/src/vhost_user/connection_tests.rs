@@ -211,7 +211,7 @@ fn any_step() -> impl Strategy<Value = Step> {
     prop_oneof![
         6 => packet.prop_map(|(op, len, flags, buf_alloc, fwd_cnt)| {
             let len = if op == 5 { len } else { 0 };
-            Step::Packet(op, PacketHeader { op, len, flags, buf_alloc, fwd_cnt, ..Default::default() })
+            Step::Packet(op, PacketHeader { len, op, flags, buf_alloc, fwd_cnt, ..Default::default() })
         }),
         2 => (0u32..=65_536).prop_map(Step::Forward),
         2 => any::<u32>().prop_map(Step::Send),

@@ -242,7 +242,7 @@ impl Machine {
             if used != queue.seen {
                 break;
             }
-            wait_readable(&as_fd(&queue.call));
+            wait_readable(as_fd(&queue.call));
             queue.call.read().unwrap();
         }
         let at = queue.used + 4 + u64::from(queue.seen % QUEUE_SIZE) * 8;

@@ -413,9 +413,9 @@ impl Muxer {
             if is_still_waiting {
                 self.counters.timeouts += 1;
                 if wait == Wait::Handshake {
-                    self.close(token)
+                    self.close(token);
                 } else {
-                    self.abort(token)
+                    self.abort(token);
                 }
             }
         }

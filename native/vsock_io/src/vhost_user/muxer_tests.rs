@@ -232,7 +232,7 @@ fn packet(ports: PortPair, operation: Operation) -> PacketHeader {
 
 fn read_now(mut socket: &UnixStream) -> Vec<u8> {
     let mut all = Vec::new();
-    let mut part = [0; 65_536];
+    let mut part = vec![0; 65_536];
     while let Ok(count) = socket.read(&mut part) {
         if count == 0 {
             break;
@@ -416,7 +416,7 @@ fn fill(guest: &mut Guest, ports: PortPair) -> usize {
             return sent;
         }
         let chunk: Vec<u8> = (sent..sent + room.min(10_000))
-            .map(|i| (i % 251) as u8)
+            .map(|i| u8::try_from(i % 251).unwrap())
             .collect();
         guest.send(ports, Operation::ReadWrite, 0, &chunk);
         sent += chunk.len();
@@ -441,7 +441,7 @@ fn a_host_that_does_not_read_stops_the_guest_and_loses_nothing() {
         received
             .iter()
             .enumerate()
-            .all(|(i, byte)| *byte == (i % 251) as u8)
+            .all(|(i, byte)| *byte == u8::try_from(i % 251).unwrap())
     );
     assert!(is_updated);
 }

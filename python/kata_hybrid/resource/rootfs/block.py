@@ -1,7 +1,8 @@
 """A root file system on a block device or image file, given to the guest as a disk.
 
-Only before the machine runs (no hot-plug yet): a later container's is mounted on the host and
-shared instead. The host never mounts it, so nothing on the host parses what a container wrote.
+Only before the machine runs (no hot-plug yet): a later container's device is mounted on the host
+and shared instead; an image file is refused then. As a disk the host never mounts it, so nothing on
+the host parses what a container wrote.
 """
 
 import stat

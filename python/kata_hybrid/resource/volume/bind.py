@@ -87,5 +87,6 @@ class BindVolumes:
 
 
 def _is_below(path: str, parents: Iterable[str]) -> bool:
-    normal = os.path.normpath(path)
+    # POSIX lets two leading slashes mean something else; on Linux they do not.
+    normal = os.path.normpath("/" + path.lstrip("/"))
     return any(normal == parent or normal.startswith(parent + "/") for parent in parents)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kata_hybrid.agent.base import Agent
-from kata_hybrid.errors import KataError, ProcessNotFoundError
+from kata_hybrid.errors import KataError, ProcessNotFoundError, UnimplementedError
 from kata_hybrid.resource.rootfs.base import Rootfs
 from kata_hybrid.resource.rootfs.block import BlockRootfs, is_block_rootfs
 from kata_hybrid.resource.rootfs.shared import SharedRootfs
@@ -126,7 +126,13 @@ def prepare(request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:
 
 
 def _rootfs(request: CreateRequest, spec: Spec, *, guest: Guest) -> Rootfs:
-    if guest.can_add_disk and is_block_rootfs(request.rootfs):
+    is_block = is_block_rootfs(request.rootfs)
+    if is_block and not guest.can_add_disk and "loop" in request.rootfs[0].options:
+        message = (
+            f"root file system {request.rootfs[0].source}: an image file can only be attached "
+        )
+        raise UnimplementedError(f"{message}for the first container of a sandbox (no hot-plug yet)")
+    if is_block and guest.can_add_disk:
         block = BlockRootfs(request.rootfs[0], name=request.container_id, serial="rootfs")
         block.attached(guest.add_disk(block.disk))
         return block
