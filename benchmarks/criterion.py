@@ -2,7 +2,9 @@
 
 The two sides of a ratio are functions of one benchmark program, run one after the other. A busy
 moment would hit one side only, so the program is run in several short rounds and the samples are
-pooled: A B A B A B. Called by ``run.py``; standard library only.
+pooled: A B A B A B. A sample of quick functions is kept shorter than a time slice, so that on a
+busy machine most samples are undisturbed, and their median is the code's own time. Called by
+``run.py``; standard library only.
 """
 
 import json
@@ -16,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 5
 _WARM_UP_S = 0.3
 _MEASURE_S = 1.0
-_SAMPLES = 20
+_RESAMPLES = 1000
 _BUILD_TIMEOUT_S = 900.0
 _ROUND_TIMEOUT_S = 120.0
 
@@ -75,20 +77,23 @@ def run(
     program: Program,
     *,
     functions: tuple[str, ...],
+    samples: int,
     home: Path,
     log: Path,
     rounds: int = ROUNDS,
 ) -> dict[str, list[float]]:
     """Run the functions (``group/function``) in rounds and return seconds per iteration of each.
 
+    A round takes ``samples`` of each function, about a second in all.
+
     Raises:
         CriterionError: the program failed, or has no such function.
     """
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+    pooled: dict[str, list[float]] = {name: [] for name in functions}
     command = [
         *(os.fspath(program.executable), "--bench", "--noplot"),
         *("--warm-up-time", str(_WARM_UP_S), "--measurement-time", str(_MEASURE_S)),
-        *("--sample-size", str(_SAMPLES)),
+        *("--sample-size", str(samples), "--nresamples", str(_RESAMPLES)),
         f"^({'|'.join(functions)})$",
     ]
     environment = {**os.environ, "CRITERION_HOME": os.fspath(home)}
@@ -107,8 +112,8 @@ def run(
         if done.returncode != 0:
             raise CriterionError(f"{program.name} failed ({done.returncode}); all of it: {log}")
         for name in functions:
-            samples[name] += _read_samples(home / name / "new" / "sample.json")
-    return samples
+            pooled[name] += _read_samples(home / name / "new" / "sample.json")
+    return pooled
 
 
 def _read_samples(path: Path) -> list[float]:

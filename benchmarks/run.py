@@ -143,7 +143,7 @@ def measure_vsock_io(keep: Keep) -> None:
 
     _say(f"    agent_round_trip, {criterion.ROUNDS} rounds …")
     ours, reference = "agent_round_trip/client", "agent_round_trip/raw"
-    seconds = _run_criterion(programs["agent_round_trip"], (ours, reference))
+    seconds = _run_criterion(programs["agent_round_trip"], (ours, reference), samples=500)
     keep(
         {
             "name": "agent_round_trip",
@@ -154,7 +154,7 @@ def measure_vsock_io(keep: Keep) -> None:
 
     _say(f"    stdout_pump, {criterion.ROUNDS} rounds …")
     ours, reference = "stdout_pump/pump", "stdout_pump/copy"
-    seconds = _run_criterion(programs["stdout_pump"], (ours, reference))
+    seconds = _run_criterion(programs["stdout_pump"], (ours, reference), samples=20)
     keep(
         {
             "name": "stdout_pump",
@@ -185,7 +185,7 @@ def measure_packets(keep: Keep) -> None:
             name = benchmark["name"].removeprefix("test_")
             items[name] = benchmark["extra_info"]["items"]
             cython[name] += [sample / items[name] for sample in benchmark["stats"]["data"]]
-        seconds = _run_criterion(program, tuple(functions.values()), rounds=1)
+        seconds = _run_criterion(program, tuple(functions.values()), samples=1000, rounds=1)
         for name, function in functions.items():
             rust[name] += [sample / items[name] for sample in seconds[function]]
     for name in functions:
@@ -208,12 +208,21 @@ def _build_criterion(names: tuple[str, ...]) -> dict[str, criterion.Program]:
 
 
 def _run_criterion(
-    program: criterion.Program, functions: tuple[str, ...], *, rounds: int = criterion.ROUNDS
+    program: criterion.Program,
+    functions: tuple[str, ...],
+    *,
+    samples: int,
+    rounds: int = criterion.ROUNDS,
 ) -> dict[str, list[float]]:
     """Run functions of a benchmark; return the seconds of each sample's iteration."""
     try:
         return criterion.run(
-            program, functions=functions, home=_CRITERION_HOME, log=LOG, rounds=rounds
+            program,
+            functions=functions,
+            samples=samples,
+            home=_CRITERION_HOME,
+            log=LOG,
+            rounds=rounds,
         )
     except criterion.CriterionError as exc:
         raise PartError(str(exc)) from exc

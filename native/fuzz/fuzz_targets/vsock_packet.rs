@@ -57,7 +57,9 @@ fn lock(hosts: &Hosts) -> std::sync::MutexGuard<'_, Vec<UnixStream>> {
 fn vring(memory: &GuestMemoryMmap, [table, available, used]: [u64; 3]) -> Vring {
     let mut vring = Vring::new().expect("constant size");
     vring.set_size(SIZE).expect("a power of two");
-    vring.set_addresses(table, available, used).expect("aligned");
+    vring
+        .set_addresses(table, available, used)
+        .expect("aligned");
     vring.is_enabled = true;
     assert!(vring.start(memory));
     vring
@@ -95,7 +97,11 @@ fuzz_target!(|data: &[u8]| {
     let epoll: Arc<OwnedFd> =
         Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).expect("a descriptor"));
     let hosts = Hosts::default();
-    let mut muxer = Muxer::new(CID, Box::new(Listeners(Arc::clone(&hosts))), Arc::clone(&epoll));
+    let mut muxer = Muxer::new(
+        CID,
+        Box::new(Listeners(Arc::clone(&hosts))),
+        Arc::clone(&epoll),
+    );
 
     for _ in 0..200 {
         if input.0.is_empty() {
@@ -140,25 +146,44 @@ fuzz_target!(|data: &[u8]| {
                     _ => u32::from(input.word()),
                 };
                 put(&memory, &len.to_le_bytes(), at + 8);
-                put(&memory, &[input.byte() % 8, 0, input.byte() % 17, 0], at + 12);
+                put(
+                    &memory,
+                    &[input.byte() % 8, 0, input.byte() % 17, 0],
+                    at + 12,
+                );
             }
             // Make heads available; now and then a nonsensical index.
             5 => {
                 let available = if input.byte() & 1 == 0 { RX[1] } else { TX[1] };
                 let slot = input.byte() % 16;
-                put(&memory, &[input.byte() % 17, 0], available + 4 + u64::from(slot) * 2);
-                let index: u16 = memory.read_obj(GuestAddress(available + 2)).expect("in range");
+                put(
+                    &memory,
+                    &[input.byte() % 17, 0],
+                    available + 4 + u64::from(slot) * 2,
+                );
+                let index: u16 = memory
+                    .read_obj(GuestAddress(available + 2))
+                    .expect("in range");
                 let step = match input.byte() {
                     255 => input.word(),
                     step => u16::from(step % 3),
                 };
-                put(&memory, &index.wrapping_add(step).to_le_bytes(), available + 2);
+                put(
+                    &memory,
+                    &index.wrapping_add(step).to_le_bytes(),
+                    available + 2,
+                );
             }
             6 => host_acts(&mut input, &mut muxer, &hosts),
-            7 => muxer.expire(Instant::now() + Duration::from_secs(2 * u64::from(input.byte() % 2))),
+            7 => {
+                muxer.expire(Instant::now() + Duration::from_secs(2 * u64::from(input.byte() % 2)))
+            }
             _ => {
                 let mut events = Vec::with_capacity(64);
-                let no_wait = Timespec { tv_sec: 0, tv_nsec: 0 };
+                let no_wait = Timespec {
+                    tv_sec: 0,
+                    tv_nsec: 0,
+                };
                 let spare = rustix::buffer::spare_capacity(&mut events);
                 epoll::wait(&epoll, spare, Some(&no_wait)).expect("an epoll set");
                 for event in events {
@@ -179,14 +204,22 @@ fuzz_target!(|data: &[u8]| {
 });
 
 fn put(memory: &GuestMemoryMmap, bytes: &[u8], at: u64) {
-    memory.write_slice(bytes, GuestAddress(at)).expect("in range");
+    memory
+        .write_slice(bytes, GuestAddress(at))
+        .expect("in range");
 }
 
 fn host_acts(input: &mut Input<'_>, muxer: &mut Muxer, hosts: &Hosts) {
     let action = input.byte() % 4;
     if action == 0 {
-        let Ok((ours, mut theirs)) = pair() else { return };
-        let line: &[u8] = if input.byte() % 8 == 0 { &input.take::<40>() } else { b"CONNECT 1024\n" };
+        let Ok((ours, mut theirs)) = pair() else {
+            return;
+        };
+        let line: &[u8] = if input.byte() % 8 == 0 {
+            &input.take::<40>()
+        } else {
+            b"CONNECT 1024\n"
+        };
         let _sent = theirs.write(line);
         muxer.accept(ours);
         lock(hosts).push(theirs);

@@ -10,6 +10,8 @@
 //!
 //! Divide an iteration's time by the number of items (criterion prints it as throughput).
 
+#![allow(missing_docs, reason = "criterion's macros make public functions")]
+
 use std::hint::black_box;
 use std::time::Duration;
 

@@ -10,6 +10,7 @@
 //!
 //! Anything else answers `error …`. Runs until its input ends.
 
+use std::fmt::Write as _;
 use std::io::{self, BufRead, Write};
 
 use virtio_queue::DescriptorChain;
@@ -47,7 +48,7 @@ fn answer(line: &str) -> Option<String> {
 
 fn bytes(hex: &str) -> Option<Vec<u8>> {
     let digits = hex.as_bytes();
-    if digits.len() % 2 != 0 {
+    if !digits.len().is_multiple_of(2) {
         return None;
     }
     digits
@@ -65,11 +66,11 @@ fn header(cid: u64, bytes: &[u8]) -> String {
     } else {
         "refused"
     };
-    let encoded: String = header
-        .to_bytes()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let mut encoded = String::new();
+    for byte in header.to_bytes() {
+        // Writing to a string does not fail.
+        let _result = write!(encoded, "{byte:02x}");
+    }
     format!(
         "{} {} {} {} {} {} {} {} {} {} {encoded} {verdict}",
         header.src_cid,

@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::{self, RecvFlags, Shutdown};
 
@@ -310,8 +309,6 @@ impl AgentSource {
         let Some(socket) = &self.socket else {
             return Ok(());
         };
-        let flags = rustix::fs::fcntl_getfl(socket)?;
-        rustix::fs::fcntl_setfl(socket, flags | OFlags::NONBLOCK)?;
         context.watch(SOCKET, socket.clone(), Interest::READ)
     }
 
@@ -353,7 +350,7 @@ impl AgentSource {
             let Some(socket) = &self.socket else { return };
             let spare = self.decoder.spare();
             let room = spare.len();
-            let count = match net::recv(socket, spare, RecvFlags::empty()) {
+            let count = match net::recv(socket, spare, RecvFlags::DONTWAIT) {
                 Ok((0, _)) => {
                     let message = if self.decoder.is_at_boundary() {
                         "the agent closed the connection"

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from kata_hybrid._native.events import Event, EventPort
-from kata_hybrid.errors import UnavailableError, error_from_code
+from kata_hybrid.errors import InternalError, KataError, UnavailableError, error_from_code
 
 _LOG = logging.getLogger(__name__)
 
 _CANCELLED: Final = 1
+_FATAL_TOKEN: Final = 0
+"""Never handed out: the event of a native thread that panicked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,13 +97,21 @@ class NativeEvents:
         self._drain()
         self._is_closed = True
         self._loop.remove_reader(self._port.fileno())
+        self._fail_all(UnavailableError("native events are closed"))
+
+    def _fail_all(self, error: KataError) -> None:
         waiters, self._waiters = self._waiters, {}
         for waiter in waiters.values():
             if not waiter.future.done():
-                waiter.future.set_exception(UnavailableError("native events are closed"))
+                waiter.future.set_exception(error)
 
     def _drain(self) -> None:
         for event in self._port.drain():
+            if event.token == _FATAL_TOKEN:
+                # Nothing that is under way will ever be answered: end it all, never silently.
+                _LOG.critical("the native I/O thread failed", extra={"reason": event.message})
+                self._fail_all(InternalError(f"native I/O thread failed: {event.message}"))
+                continue
             waiter = self._waiters.pop(event.token, None)
             if waiter is None:
                 _LOG.warning("event of unknown token", extra={"token": event.token})

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from harness.loop import on_loop
 from kata_hybrid._native import events, vsock
 from kata_hybrid.aio.events import NativeEvents
-from kata_hybrid.errors import UnavailableError
+from kata_hybrid.errors import InternalError, UnavailableError
 
 TIMEOUT_S = 10.0
 
@@ -59,3 +60,37 @@ async def test_closing_tells_whoever_waits() -> None:
         await future
     with pytest.raises(UnavailableError):
         native.expect()
+
+
+@dataclass(frozen=True)
+class FatalEvent:
+    """What the native side queues when its thread panics."""
+
+    token: int = 0
+    code: int = 13
+    message: str = "panicked"
+    value: None = None
+
+
+class PanickedPort:
+    """A port whose only news is that its thread is dead."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(1)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def drain(self) -> list[FatalEvent]:
+        os.eventfd_read(self._fd)
+        return [FatalEvent()]
+
+
+@on_loop
+async def test_a_panicked_thread_fails_everything_under_way() -> None:
+    port = PanickedPort()
+    native = NativeEvents(port)  # type: ignore[arg-type]
+    _, future = native.expect()
+    async with asyncio.timeout(TIMEOUT_S):
+        with pytest.raises(InternalError, match="panicked"):
+            await future

@@ -116,7 +116,7 @@ struct Pending {
 }
 
 impl Requests {
-    /// Start on a connected, non-blocking socket.
+    /// Start on a connected socket.
     #[must_use]
     pub fn new(socket: Arc<OwnedFd>) -> Self {
         Self {
@@ -308,9 +308,11 @@ impl Outgoing {
     /// How many bytes the socket took; 0 when it would block or is broken.
     fn send_slices(&mut self, slices: &[IoSlice<'_>]) -> usize {
         let Some(socket) = &self.socket else { return 0 };
+        // Whatever mode the descriptor came in: a caller's thread must not block.
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         loop {
             let mut control = SendAncillaryBuffer::default();
-            match net::sendmsg(socket, slices, &mut control, SendFlags::NOSIGNAL) {
+            match net::sendmsg(socket, slices, &mut control, flags) {
                 Ok(sent) => return sent,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return 0,

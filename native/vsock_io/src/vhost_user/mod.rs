@@ -6,7 +6,7 @@
 //!
 //! - `buffers`: checked guest memory and copy-free socket I/O; `queue`: the rings;
 //! - `packet`, `credit`, `connection`, `handshake`: the protocols, pure values;
-//! - `endpoint`, `muxer`: host sockets and the connections between them and the guest;
+//! - `endpoint`, `table`, `muxer`: host sockets and the connections between them and the guest;
 //! - `backend`: the vhost-user negotiation; `device`: listening sockets and turns.
 
 pub mod backend;
@@ -19,6 +19,7 @@ pub mod handshake;
 pub mod muxer;
 pub mod packet;
 pub mod queue;
+pub mod table;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};

@@ -15,12 +15,11 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
 
-use super::buffers::GuestBuffers;
-use super::connection::{Action, Connection, Phase};
+use super::connection::{Connection, Phase};
 use super::credit::BUFFER_SIZE;
 use super::endpoint::{Endpoint, PortPair, Role};
-use super::packet::{HOST_CID, MAX_PAYLOAD_SIZE, Operation, PacketHeader, TYPE_STREAM};
-use super::queue::{QueueError, RxRing};
+use super::packet::{HOST_CID, Operation, PacketHeader, TYPE_STREAM};
+use super::table::{EndpointTable, Token};
 
 /// Most endpoints at a time, in any stage.
 pub const MAX_CONNECTIONS: usize = 1023;
@@ -28,11 +27,16 @@ pub const MAX_CONNECTIONS: usize = 1023;
 /// Resets that may wait for the guest before its packets are left on the ring.
 pub const MAX_RESETS: usize = 256;
 
+/// Entries in the list of endpoints with something for the guest, before the same happens.
+const MAX_QUEUED: usize = 2 * MAX_CONNECTIONS;
+
 /// For the handshake line, for the guest's answer to REQUEST and to SHUTDOWN.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Host ports are given out from here up, wrapping below twice this.
 const FIRST_HOST_PORT: u32 = 1 << 30;
+
+mod guest_side;
 
 /// Makes the host's end of connections that the guest opens.
 pub trait Dialer: Send {
@@ -41,16 +45,6 @@ pub trait Dialer: Send {
     /// # Errors
     /// Nobody listens, or their queue is full: the guest gets a reset.
     fn dial(&mut self, port: u32) -> io::Result<UnixStream>;
-}
-
-/// Names an endpoint in epoll events: slot below, generation above, so that an event for a past
-/// endpoint never reaches the next one in its slot. Never below `1 << 32`.
-pub type Token = u64;
-
-#[derive(Debug, Default)]
-struct Slot {
-    generation: u32,
-    endpoint: Option<Box<Endpoint>>,
 }
 
 /// Counts for diagnosis; all wrap.
@@ -68,9 +62,7 @@ pub struct MuxerCounters {
 pub struct Muxer {
     guest_cid: u64,
     dialer: Box<dyn Dialer>,
-    epoll: Arc<OwnedFd>,
-    slots: Vec<Slot>,
-    free: Vec<usize>,
+    endpoints: EndpointTable,
     by_ports: HashMap<PortPair, Token>,
     /// Endpoints that may have something for the guest; each at most once.
     queued: VecDeque<Token>,
@@ -94,9 +86,7 @@ impl Muxer {
         Self {
             guest_cid,
             dialer,
-            epoll,
-            slots: Vec::new(),
-            free: Vec::new(),
+            endpoints: EndpointTable::new(epoll, MAX_CONNECTIONS),
             by_ports: HashMap::new(),
             queued: VecDeque::new(),
             resets: VecDeque::new(),
@@ -118,12 +108,14 @@ impl Muxer {
 
     /// Endpoints in any stage.
     pub fn connection_count(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.endpoints.len()
     }
 
     /// Replies pile up: leave packets on the ring until the guest has taken some.
     pub fn is_reply_queue_full(&self) -> bool {
-        self.resets.len() >= MAX_RESETS
+        // The list of endpoints may hold some that are gone: a guest that opens and resets
+        // connections, and takes nothing, would make it grow.
+        self.resets.len() >= MAX_RESETS || self.queued.len() >= MAX_QUEUED
     }
 
     /// Something waits for guest buffers.
@@ -138,8 +130,8 @@ impl Muxer {
 
     /// The guest is gone or started anew: every connection ends.
     pub fn reset(&mut self) {
-        for index in 0..self.slots.len() {
-            let Some(endpoint) = &mut self.slots[index].endpoint else {
+        for token in self.endpoints.tokens() {
+            let Some(endpoint) = self.endpoints.get_mut(token) else {
                 continue;
             };
             endpoint.is_queued = false;
@@ -147,7 +139,7 @@ impl Muxer {
             if endpoint.has_backlog() {
                 endpoint.role = Role::Draining;
             } else {
-                self.release(index);
+                self.close(token);
             }
         }
         self.by_ports.clear();
@@ -159,67 +151,22 @@ impl Muxer {
     // --- endpoints ---------------------------------------------------------------------------
 
     fn insert(&mut self, endpoint: Endpoint) -> io::Result<Token> {
-        if self.connection_count() >= MAX_CONNECTIONS {
+        let inserted = self.endpoints.insert(endpoint);
+        if inserted.is_err() {
             self.counters.refused_connections += 1;
-            return Err(io::ErrorKind::QuotaExceeded.into());
         }
-        let index = self.free.last().copied().unwrap_or(self.slots.len());
-        let generation = self.slots.get(index).map_or(1, |slot| slot.generation);
-        let token = (u64::from(generation) << 32) | index as u64;
-        let flags = epoll::EventFlags::IN
-            | epoll::EventFlags::OUT
-            | epoll::EventFlags::RDHUP
-            | epoll::EventFlags::ET;
-        epoll::add(
-            &self.epoll,
-            endpoint.socket(),
-            epoll::EventData::new_u64(token),
-            flags,
-        )?;
-        if self.free.pop().is_none() {
-            self.slots.push(Slot {
-                generation,
-                endpoint: None,
-            });
-        }
-        self.slots[index].endpoint = Some(Box::new(endpoint));
-        Ok(token)
-    }
-
-    fn index_of(&self, token: Token) -> Option<usize> {
-        // Truncation is the point: the low half is the slot.
-        #[expect(
-            clippy::cast_possible_truncation,
-            reason = "the low half of a token is the slot"
-        )]
-        let index = token as u32 as usize;
-        let slot = self.slots.get(index)?;
-        (u64::from(slot.generation) == token >> 32 && slot.endpoint.is_some()).then_some(index)
+        inserted
     }
 
     fn endpoint(&mut self, token: Token) -> Option<&mut Endpoint> {
-        let index = self.index_of(token)?;
-        self.slots[index].endpoint.as_deref_mut()
-    }
-
-    /// Close a slot's socket (which also ends its registration) and free the slot.
-    fn release(&mut self, index: usize) {
-        let Some(slot) = self.slots.get_mut(index) else {
-            return;
-        };
-        let Some(endpoint) = slot.endpoint.take() else {
-            return;
-        };
-        slot.generation = slot.generation.wrapping_add(1).max(1);
-        self.free.push(index);
-        if let Role::Stream(ports, _) = endpoint.role {
-            self.by_ports.remove(&ports);
-        }
+        self.endpoints.get_mut(token)
     }
 
     fn close(&mut self, token: Token) {
-        if let Some(index) = self.index_of(token) {
-            self.release(index);
+        if let Some(endpoint) = self.endpoints.remove(token)
+            && let Role::Stream(ports, _) = endpoint.role
+        {
+            self.by_ports.remove(&ports);
         }
     }
 
@@ -419,215 +366,6 @@ impl Muxer {
                 }
             }
         }
-    }
-
-    // --- guest side --------------------------------------------------------------------------
-
-    /// A packet came from the guest. `payload` is everything after the header.
-    pub fn receive(&mut self, header: &PacketHeader, payload: &GuestBuffers<'_>) {
-        let operation = match header.check(self.guest_cid) {
-            Ok(operation) if header.len as usize <= payload.len() => operation,
-            _ => return self.refuse(header),
-        };
-        let ports = PortPair {
-            host: header.dst_port,
-            guest: header.src_port,
-        };
-        let Some(token) = self.by_ports.get(&ports).copied() else {
-            match operation {
-                Operation::Request => self.dial(ports, header),
-                Operation::Reset => {}
-                _ => self.refuse(header),
-            }
-            return;
-        };
-        let Some(endpoint) = self.endpoint(token) else {
-            return;
-        };
-        let Role::Stream(_, connection) = &mut endpoint.role else {
-            return;
-        };
-        match connection.on_packet(operation, header) {
-            Ok(action) => self.act(token, action, payload),
-            Err(_broken_rule) => {
-                self.counters.invalid_packets += 1;
-                self.abort(token);
-            }
-        }
-    }
-
-    /// A packet that belongs to nothing, or is malformed: answer with a reset, and end the
-    /// connection it names, if the guest has one by those ports.
-    fn refuse(&mut self, header: &PacketHeader) {
-        self.counters.invalid_packets += 1;
-        if header.op == Operation::Reset as u16 {
-            return;
-        }
-        if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
-            // No reset would find its way to a sender that lies about its address.
-            return;
-        }
-        let ports = PortPair {
-            host: header.dst_port,
-            guest: header.src_port,
-        };
-        if header.socket_type == TYPE_STREAM
-            && let Some(token) = self.by_ports.get(&ports).copied()
-        {
-            self.abort(token);
-        } else {
-            self.resets.push_back(header.reset_reply());
-        }
-    }
-
-    /// The guest asks for a connection to the host.
-    fn dial(&mut self, ports: PortPair, request: &PacketHeader) {
-        let made = self.dialer.dial(ports.host).and_then(|socket| {
-            let role = Role::Stream(ports, Connection::accepted(request));
-            self.insert(Endpoint::new(socket, role))
-        });
-        match made {
-            Ok(token) => {
-                self.by_ports.insert(ports, token);
-                self.enqueue(token);
-            }
-            Err(_refusal) => self.resets.push_back(request.reset_reply()),
-        }
-    }
-
-    fn act(&mut self, token: Token, action: Action, payload: &GuestBuffers<'_>) {
-        let Some(endpoint) = self.endpoint(token) else {
-            return;
-        };
-        let has_backlog = endpoint.has_backlog();
-        let Role::Stream(ports, connection) = &mut endpoint.role else {
-            return;
-        };
-        match action {
-            Action::None => {}
-            Action::Accepted => {
-                let host_port = ports.host;
-                if endpoint.write_accepted(host_port).is_err() {
-                    return self.abort(token);
-                }
-            }
-            Action::Deliver(len) => self.deliver(token, len, payload),
-            Action::HalfClosed => {
-                let (is_silent, is_deaf) = (
-                    connection.guest_sends_no_more(),
-                    connection.guest_receives_no_more(),
-                );
-                if is_silent && !has_backlog {
-                    endpoint.shut_write();
-                }
-                if is_deaf {
-                    endpoint.shut_read();
-                }
-            }
-            Action::Closed => return self.abort(token),
-            Action::Reset => return self.drain_and_close(token),
-        }
-        self.after_change(token);
-    }
-
-    fn deliver(&mut self, token: Token, len: u32, payload: &GuestBuffers<'_>) {
-        let Some(endpoint) = self.endpoint(token) else {
-            return;
-        };
-        let delivered = if payload.len() == len as usize {
-            endpoint.deliver(payload)
-        } else {
-            endpoint.deliver(&payload.range(0, len as usize))
-        };
-        let Role::Stream(_, connection) = &mut endpoint.role else {
-            return;
-        };
-        match delivered {
-            // At most `len`, which is a u32.
-            Ok(count) => connection.on_forwarded(u32::try_from(count).unwrap_or(len)),
-            Err(_gone) => {
-                connection.on_host_deaf();
-                endpoint.drop_backlog();
-            }
-        }
-    }
-
-    /// Fill guest buffers with what waits, fairly: one packet or batch of each in turn.
-    ///
-    /// # Errors
-    /// The ring is broken.
-    pub fn transmit(&mut self, ring: &mut RxRing<'_, '_>) -> Result<(), QueueError> {
-        while self.has_pending() && !ring.is_done() {
-            if let Some(reset) = self.resets.front() {
-                if ring.put(reset)? {
-                    self.resets.pop_front();
-                }
-                continue;
-            }
-            let Some(token) = self.queued.pop_front() else {
-                break;
-            };
-            let Some(endpoint) = self.endpoint(token) else {
-                continue;
-            };
-            endpoint.is_queued = false;
-            self.transmit_one(token, ring)?;
-            self.after_change(token);
-        }
-        Ok(())
-    }
-
-    fn transmit_one(&mut self, token: Token, ring: &mut RxRing<'_, '_>) -> Result<(), QueueError> {
-        let guest_cid = self.guest_cid;
-        let Some(endpoint) = self.endpoint(token) else {
-            return Ok(());
-        };
-        let Role::Stream(ports, connection) = &mut endpoint.role else {
-            return Ok(());
-        };
-        let ports = *ports;
-        if let Some(packet) = connection.next_control_packet() {
-            let header = outgoing(guest_cid, ports, connection, packet.operation);
-            if ring.put(&PacketHeader {
-                flags: packet.flags,
-                ..header
-            })? {
-                connection.on_control_sent(packet);
-            }
-            return Ok(());
-        }
-        let allowance = connection.data_allowance();
-        if allowance == 0 || !endpoint.is_readable {
-            return Ok(());
-        }
-        let wanted = allowance.min(MAX_PAYLOAD_SIZE) as usize;
-        let reservation = ring.reserve(wanted, endpoint.read_batch)?;
-        if reservation.payload.is_empty() {
-            return Ok(());
-        }
-        let result = endpoint.read_into(&reservation.payload);
-        let is_gone = endpoint.is_hung_up;
-        let Role::Stream(_, connection) = &mut endpoint.role else {
-            return Ok(());
-        };
-        let filled = match result {
-            Ok(0) => {
-                connection.on_host_closed(is_gone);
-                0
-            }
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(_broken) => {
-                connection.on_host_closed(true);
-                0
-            }
-        };
-        ring.commit(&reservation, filled, |len| {
-            connection.on_data_sent(len);
-            connection.on_account_sent();
-            let header = outgoing(guest_cid, ports, connection, Operation::ReadWrite);
-            PacketHeader { len, ..header }
-        })
     }
 }
 

@@ -10,9 +10,9 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::vhost_user::buffers::Direction;
+use crate::vhost_user::buffers::{Direction, GuestBuffers};
 use crate::vhost_user::packet::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
-use crate::vhost_user::queue::Vring;
+use crate::vhost_user::queue::{RxRing, Vring};
 
 const CID: u64 = 3;
 const QUEUE_SIZE: u16 = 64;
@@ -624,6 +624,21 @@ fn replies_that_nobody_takes_stop_the_intake() {
 }
 
 #[test]
+fn opening_and_resetting_without_taking_replies_is_bounded() {
+    let mut guest = Guest::new();
+    let mut count = 0;
+    while !guest.muxer.is_reply_queue_full() {
+        guest.send(PORTS, Operation::Request, 0, b"");
+        guest.send(PORTS, Operation::Reset, 0, b"");
+        count += 1;
+        assert!(count <= 10_000);
+    }
+    assert_eq!(guest.muxer.connection_count(), 0);
+    guest.receive();
+    assert!(!guest.muxer.is_reply_queue_full());
+}
+
+#[test]
 fn a_restarted_guest_has_no_connections_but_its_last_words_arrive() {
     let mut guest = Guest::new();
     let (ports, host) = guest.established();
@@ -647,7 +662,7 @@ fn busy_streams_take_turns() {
     let streams: Vec<_> = (0..3).map(|_| guest.established()).collect();
     for (_, host) in &streams {
         let mut host: &UnixStream = host;
-        host.write_all(&[1; 50_000]).unwrap();
+        host.write_all(&vec![1; 50_000]).unwrap();
     }
     guest.post(guest.free_buffers());
     let mut first = guest.turn();
