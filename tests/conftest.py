@@ -8,6 +8,7 @@ import os
 from collections.abc import Generator
 
 import pytest
+
 from harness.containers import KATA_RUNTIME
 
 
