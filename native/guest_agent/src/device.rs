@@ -82,8 +82,8 @@ impl Devices {
             }
             "scsi" => {
                 let address = scsi_address(source)?;
-                scan_scsi(&address);
-                let look = || find_scsi(Path::new("/sys/class/block"), &address);
+                scan_scsi(address);
+                let look = || find_scsi(Path::new("/sys/class/block"), address);
                 self.wait_for(source, look).await
             }
             _ => Err(AgentError::invalid(
@@ -105,7 +105,7 @@ fn scsi_address(text: &str) -> Result<(u32, u32)> {
         .ok_or_else(|| AgentError::invalid("SCSI address", text))
 }
 
-fn scan_scsi(&(id, lun): &(u32, u32)) {
+fn scan_scsi((id, lun): (u32, u32)) {
     let Ok(hosts) = fs::read_dir("/sys/class/scsi_host") else {
         return;
     };
@@ -115,7 +115,7 @@ fn scan_scsi(&(id, lun): &(u32, u32)) {
     }
 }
 
-fn find_scsi(class: &Path, &(id, lun): &(u32, u32)) -> Option<PathBuf> {
+fn find_scsi(class: &Path, (id, lun): (u32, u32)) -> Option<PathBuf> {
     let ending = format!(":0:{id}:{lun}/block");
     fs::read_dir(class).ok()?.flatten().find_map(|entry| {
         let target = fs::canonicalize(entry.path()).ok()?;

@@ -1,7 +1,7 @@
 //! What can go wrong in the agent, and the one place where it becomes a ttRPC status.
 //!
 //! Every handler in `server` returns `AgentError`; the modules below it build one with the values
-//! of the failed operation and keep the cause. Codes follow what Kata runtimes expect: NOT_FOUND
+//! of the failed operation and keep the cause. Codes follow what Kata runtimes expect: `NOT_FOUND`
 //! means "this process is gone", so it is used for nothing else.
 
 use std::error::Error;

@@ -104,9 +104,9 @@ fn count_cpus(list: &str) -> usize {
     list.trim()
         .split(',')
         .filter_map(|range| {
-            let (first, last) = range.split_once('-').unwrap_or((range, range));
-            let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
-            last.checked_sub(first)?.checked_add(1)
+            let (low, high) = range.split_once('-').unwrap_or((range, range));
+            let (low, high): (usize, usize) = (low.parse().ok()?, high.parse().ok()?);
+            high.checked_sub(low)?.checked_add(1)
         })
         .sum()
 }

@@ -161,6 +161,8 @@ fn set_hostname() -> Result<()> {
 fn raise_loopback() -> Result<()> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
     use std::os::fd::AsRawFd;
+    /// `IFF_UP | IFF_RUNNING` in linux/if.h, as the request holds them.
+    const UP: libc::c_short = 0x41;
     let socket = socket_with(
         AddressFamily::INET,
         SocketType::DGRAM,
@@ -174,9 +176,7 @@ fn raise_loopback() -> Result<()> {
     }
     let request = libc::ifreq {
         ifr_name: name,
-        ifr_ifru: libc::__c_anonymous_ifr_ifru {
-            ifru_flags: (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short,
-        },
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: UP },
     };
     // SAFETY: SIOCSIFFLAGS reads an ifreq, to which the pointer leads.
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };

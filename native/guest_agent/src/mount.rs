@@ -68,18 +68,21 @@ impl Options {
             "strictatime" => (MountFlags::STRICTATIME, true),
             "defaults" | "async" | "atime" => (MountFlags::empty(), true),
             "loop" => return Err(AgentError::invalid("mount option", "loop is not supported")),
-            _ => return self.add_other(word),
+            _ => {
+                self.add_other(word);
+                return Ok(());
+            }
         };
         self.flags.set(flag.0, flag.1);
         Ok(())
     }
 
-    fn add_other(&mut self, word: &str) -> Result<()> {
+    fn add_other(&mut self, word: &str) {
         let (kind, is_recursive) = match word {
             "bind" | "rbind" => {
                 self.is_bind = true;
                 self.is_recursive |= word == "rbind";
-                return Ok(());
+                return;
             }
             "private" | "rprivate" => (MountPropagationFlags::PRIVATE, word == "rprivate"),
             "slave" | "rslave" => (MountPropagationFlags::DOWNSTREAM, word == "rslave"),
@@ -92,13 +95,12 @@ impl Options {
                     self.data.push(',');
                 }
                 self.data.push_str(word);
-                return Ok(());
+                return;
             }
         };
         self.propagation = kind;
         self.propagation
             .set(MountPropagationFlags::REC, is_recursive);
-        Ok(())
     }
 }
 

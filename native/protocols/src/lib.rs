@@ -10,6 +10,7 @@
     clippy::all,
     clippy::allow_attributes_without_reason,
     clippy::pedantic,
+    clippy::unwrap_used,
     reason = "generated; the .proto files are the documentation"
 )]
 mod messages {

@@ -155,7 +155,9 @@ pub(crate) async fn list_interfaces() -> Result<Interfaces> {
 
 fn interface(link: &LinkMessage, addresses: &[AddressMessage]) -> Interface {
     let mut result = Interface::new();
-    result.name = link_name(link).unwrap_or_default().to_owned();
+    link_name(link)
+        .unwrap_or_default()
+        .clone_into(&mut result.name);
     result.device.clone_from(&result.name);
     result.raw_flags = link.header.flags.bits();
     for attribute in &link.attributes {

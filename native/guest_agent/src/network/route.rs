@@ -39,9 +39,9 @@ pub(crate) async fn update_routes(request: UpdateRoutesRequest) -> Result<Routes
 }
 
 fn message(route: &Route, index: u32) -> Result<RouteMessage> {
-    let invalid = |what| move |_| AgentError::invalid("route", what);
+    let invalid = |what: &str| AgentError::invalid("route", what);
     let is_v6 = route.family.enum_value_or_default() == IPFamily::v6;
-    let scope = u8::try_from(route.scope).map_err(|_| invalid("scope")(()))?;
+    let scope = u8::try_from(route.scope).map_err(|_| invalid("scope"))?;
     let destination = if route.dest.is_empty() {
         Prefix {
             address: if is_v6 {
@@ -59,18 +59,18 @@ fn message(route: &Route, index: u32) -> Result<RouteMessage> {
         .scope(RouteScope::from(scope))
         .output_interface(index)
         .destination_prefix(destination.address, destination.length)
-        .map_err(|_| invalid("destination")(()))?;
+        .map_err(|_| invalid("destination"))?;
     if !route.source.is_empty() {
         let source: Prefix = route.source.parse()?;
         // A bare address is the one to prefer; RTA_SRC is for source routing, which nobody means.
         builder = builder
             .pref_source(source.address)
-            .map_err(|_| invalid("source")(()))?;
+            .map_err(|_| invalid("source"))?;
     }
     if !route.gateway.is_empty() {
         builder = builder
             .gateway(ip_address(&route.gateway)?)
-            .map_err(|_| invalid("gateway")(()))?;
+            .map_err(|_| invalid("gateway"))?;
     }
     let mut message = builder.build();
     message.header.flags = RouteFlags::from_bits_retain(route.flags);

@@ -74,10 +74,10 @@ fn make(order: &Order) -> Result<i32, LibcontainerError> {
                 .with_systemd(false)
                 .with_detach(true)
                 .build()?;
-            container
-                .pid()
-                .map(|pid| pid.as_raw())
-                .ok_or_else(|| LibcontainerError::Other("container has no process".into()))
+            match container.pid() {
+                Some(pid) => Ok(pid.as_raw()),
+                None => Err(LibcontainerError::Other("container has no process".into())),
+            }
         }
         OrderKind::Exec(exec) => {
             let seccomp = match &exec.seccomp_from {

@@ -117,7 +117,7 @@ fn arguments(spec: &Spec) -> &[String] {
 /// Keeps exactly `wanted`; the extra capabilities were only for the seccomp profile.
 fn restrict(wanted: &LinuxCapabilities) -> Result<(), caps::errors::CapsError> {
     let set = |names: &Option<libcontainer::oci_spec::runtime::Capabilities>| -> CapsHashSet {
-        names.iter().flatten().map(|name| name.to_cap()).collect()
+        names.iter().flatten().map(CapabilityExt::to_cap).collect()
     };
     let bounding = set(wanted.bounding());
     for capability in [Capability::CAP_SYS_ADMIN, Capability::CAP_SETPCAP] {

@@ -155,18 +155,18 @@ fn spawn(
         .stdin(Stdio::from(stdio.stdin))
         .stdout(Stdio::from(stdio.stdout))
         .stderr(Stdio::from(stdio.stderr));
-    // SAFETY: dup2 is async-signal-safe, the sources are open until spawn returns and lie above the
-    // targets, so neither call closes the other's source.
-    unsafe {
-        command.pre_exec(move || {
-            for (from, to) in [(control_fd, CONTROL_FD), (failure_fd, FAILURE_FD)] {
-                if libc::dup2(from, to) < 0 {
-                    return Err(io::Error::last_os_error());
-                }
+    let place = move || {
+        for (from, to) in [(control_fd, CONTROL_FD), (failure_fd, FAILURE_FD)] {
+            // SAFETY: both sources are open until spawn returns and lie above the targets, so
+            // neither call closes the other's source; in the child nothing else uses the targets.
+            if unsafe { libc::dup2(from, to) } < 0 {
+                return Err(io::Error::last_os_error());
             }
-            Ok(())
-        });
-    }
+        }
+        Ok(())
+    };
+    // SAFETY: the closure calls only dup2, which is async-signal-safe, and allocates nothing.
+    unsafe { command.pre_exec(place) };
     let (pid, _) = reaper.spawn(&mut command).during("start container child")?;
     let pidfd = Pid::from_raw(pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
     Ok(Child { pid, pidfd })

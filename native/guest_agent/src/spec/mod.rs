@@ -2,7 +2,7 @@
 //!
 //! The wire cannot tell zero from absent; the rules for that are here and in `resources`. The
 //! result goes through the OCI crate's own parser, so an unknown word in an enumeration is an
-//! INVALID_ARGUMENT and never a panic. Called by `container` before anything is created.
+//! `INVALID_ARGUMENT` and never a panic. Called by `container` before anything is created.
 
 mod process;
 mod resources;

@@ -1,4 +1,4 @@
-use libcontainer::oci_spec::runtime::{Capability, LinuxNamespaceType};
+use libcontainer::oci_spec::runtime::{Capability, LinuxNamespace, LinuxNamespaceType};
 use proptest::prelude::*;
 use protobuf::MessageField;
 
@@ -46,7 +46,7 @@ fn namespaces_are_completed_shared_and_never_network() {
         .namespaces()
         .clone()
         .unwrap();
-    let types: Vec<_> = list.iter().map(|entry| entry.typ()).collect();
+    let types: Vec<_> = list.iter().map(LinuxNamespace::typ).collect();
     assert!(types.contains(&LinuxNamespaceType::Pid));
     assert!(types.contains(&LinuxNamespaceType::Mount));
     assert!(!types.contains(&LinuxNamespaceType::Network));
