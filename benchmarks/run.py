@@ -214,7 +214,7 @@ def _run_criterion(
     samples: int,
     rounds: int = criterion.ROUNDS,
 ) -> dict[str, list[float]]:
-    """Run functions of a benchmark; return the seconds of each sample's iteration."""
+    """Run functions of a benchmark; return the seconds of an iteration in each sample."""
     try:
         return criterion.run(
             program,
