@@ -247,7 +247,8 @@ def measure(chosen: list[Part]) -> list[figures.Figure]:
         _say(f"[{number}/{len(chosen)}] {part.title} …")
         try:
             part.measure(keep)
-        except PartError as exc:
+        except (PartError, OSError, LookupError, ValueError, subprocess.SubprocessError) as exc:
+            # Whatever went wrong, the other parts' figures are worth having.
             reasons |= dict.fromkeys(part.figures, str(exc))
             _say(f"    failed: {exc}; all of it: {LOG}")
         _say(f"[{number}/{len(chosen)}] {part.title} … {time.monotonic() - began:.0f} s")

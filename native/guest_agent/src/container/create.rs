@@ -28,6 +28,9 @@ use crate::stdio::{Pipes, ProcessStdio, null_stdio};
 pub(crate) async fn create(sandbox: &Arc<Sandbox>, request: CreateContainerRequest) -> Result<()> {
     let id = request.container_id.clone();
     check_id(&id)?;
+    if !request.shared_mounts.is_empty() {
+        return Err(AgentError::Unimplemented("a mount shared between containers"));
+    }
     let reserved = sandbox.reserve(&id)?;
     let source = request
         .OCI
