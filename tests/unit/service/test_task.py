@@ -672,7 +672,7 @@ async def test_killing_what_has_ended_is_not_found(tmp_path: Path) -> None:
     async with World(tmp_path) as world:
         await world.run()
         await world.end(0)
-        with pytest.raises(NotFoundError, match="container c1 has already finished"):
+        with pytest.raises(NotFoundError, match="container c1 not found: it has already finished"):
             await world.call("Kill", task_pb2.KillRequest(id=C1, signal=9))
 
 

@@ -302,7 +302,7 @@ class VirtSandbox:
         container = self._container(container_id)
         process = container.find(exec_id)
         if process.is_stopped:
-            message = f"{process} has already finished"
+            message = f"{process} not found: it has already finished"
             raise ProcessNotFoundError(message)
         if exec_id is not None and process.status is TaskStatus.CREATED:
             message = f"{process}: process not created"
