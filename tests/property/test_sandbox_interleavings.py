@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,11 +33,11 @@ from kata_hybrid.runtimes.base import (
 from kata_hybrid.runtimes.virt.sandbox import VirtSandbox
 from kata_hybrid.testing.fake_agent import FakeAgent
 from kata_hybrid.testing.fake_guest import FakeGuest, FakeStreams, prepare_nothing
-from kata_hybrid.types import ContainerId, ExecId, SandboxId, Stdio, TaskStatus
+from kata_hybrid.types import ContainerId, ExecId, JsonObject, SandboxId, Stdio, TaskStatus
 
 CONTAINERS = (ContainerId("sandbox"), ContainerId("second"))
 EXECS = (ExecId("e1"), ExecId("e2"))
-PROCESS = {"args": ["/bin/true"], "cwd": "/"}
+PROCESS: JsonObject = {"args": ["/bin/true"], "cwd": "/"}
 SPEC = {"ociVersion": "1.0.2", "root": {"path": "rootfs"}, "process": PROCESS}
 
 containers = st.sampled_from(CONTAINERS)
@@ -109,9 +110,9 @@ class World:
                 future.set_result(None)
 
     def request(self, work: Coroutine[object, object, object]) -> None:
-        self.requests.append(asyncio.get_running_loop().create_task(work))  # noqa: TID251
+        self.requests.append(asyncio.get_running_loop().create_task(work))
 
-    def run(self, name: str, target: object) -> None:  # noqa: C901 - one case for each command
+    def run(self, name: str, target: Any) -> None:  # noqa: C901 - one case for each command
         sandbox = self.sandbox
         match name, target:
             case "create", str(container):

@@ -32,7 +32,9 @@ fn reference(mut stream: &[u8]) -> Vec<Found> {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let Some((&step, stream)) = input.split_first() else { return };
+    let Some((&step, stream)) = input.split_first() else {
+        return;
+    };
     let mut decoder = FrameDecoder::default();
     let mut found: Vec<Found> = Vec::new();
     for piece in stream.chunks(usize::from(step) + 1) {

@@ -70,19 +70,27 @@ impl Handshake {
     }
 
     fn check_line(&self) -> Result<(), HybridError> {
-        let unexpected = || {
-            HybridError::UnexpectedLine(String::from_utf8_lossy(&self.line).trim_end().to_owned())
-        };
-        let text = std::str::from_utf8(&self.line).map_err(|_| unexpected())?;
-        let mut words = text.split_ascii_whitespace();
-        match (
-            words.next(),
-            words.next().map(str::parse::<u32>),
-            words.next(),
-        ) {
-            (Some("OK"), Some(Ok(_)) | None, None) => Ok(()),
-            _ => Err(unexpected()),
+        if is_ok(&self.line) {
+            return Ok(());
         }
+        let text = String::from_utf8_lossy(&self.line);
+        let text = text.strip_suffix('\n').unwrap_or(&text);
+        Err(HybridError::UnexpectedLine(text.to_owned()))
+    }
+}
+
+/// Whether the line is `OK <host port>\n`, to the letter. The port may be absent: nobody needs it.
+fn is_ok(line: &[u8]) -> bool {
+    let rest = line
+        .strip_prefix(b"OK")
+        .and_then(|rest| rest.strip_suffix(b"\n"));
+    match rest {
+        Some([]) => true,
+        // Digits only: `parse` would take a sign too.
+        Some([b' ', port @ ..]) if port.iter().all(u8::is_ascii_digit) => {
+            std::str::from_utf8(port).is_ok_and(|port| port.parse::<u32>().is_ok())
+        }
+        Some(_) | None => false,
     }
 }
 
@@ -115,6 +123,16 @@ mod tests {
             "OK 1 2\n",
             "OK -1\n",
             "OK \u{e4}\n",
+            // Found by fuzzing: white space, and what only Rust takes for a number.
+            "  OK  \n",
+            " OK 1\n",
+            "OK  1\n",
+            "OK\t1\n",
+            "OK 1 \n",
+            "OK 1\r\n",
+            "OK \n",
+            "OK +1\n",
+            "OK 4294967296\n",
         ] {
             let refused = Handshake::default().offer(line.as_bytes());
             assert!(
@@ -127,6 +145,12 @@ mod tests {
     }
 
     #[test]
+    fn the_port_may_be_absent() {
+        let progress = Handshake::default().offer(b"OK\n").unwrap();
+        assert!(progress.is_done);
+    }
+
+    #[test]
     fn a_line_without_end_is_refused_at_the_limit() {
         let mut handshake = Handshake::default();
         assert_eq!(
@@ -134,6 +158,12 @@ mod tests {
             MAX_LINE - 1
         );
         assert_eq!(handshake.offer(b"KK"), Err(HybridError::LineTooLong));
+    }
+
+    #[test]
+    fn a_refusal_quotes_the_line() {
+        let refused = Handshake::default().offer(b"OK 1 \r\n").unwrap_err();
+        assert!(refused.to_string().contains(r#""OK 1 \r""#), "{refused}");
     }
 
     proptest! {

@@ -29,7 +29,9 @@ pub(crate) async fn create(sandbox: &Arc<Sandbox>, request: CreateContainerReque
     let id = request.container_id.clone();
     check_id(&id)?;
     if !request.shared_mounts.is_empty() {
-        return Err(AgentError::Unimplemented("a mount shared between containers"));
+        return Err(AgentError::Unimplemented(
+            "a mount shared between containers",
+        ));
     }
     let reserved = sandbox.reserve(&id)?;
     let source = request
