@@ -33,7 +33,7 @@ def enter_private_mount_namespace() -> None:
     """
 
 def mount(source: str, target: str, fstype: str, options: list[str]) -> None:
-    """Mount as mount(2) does, with fstab-style options; flags are recognised, the rest is data.
+    """Attach a file system; options are fstab-style: flags are recognised, the rest is data.
 
     ``rbind``/``bind`` with ``ro`` also does the needed remount. Overlay data longer than a page
     goes through fsopen/fsconfig.
