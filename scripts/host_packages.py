@@ -69,6 +69,10 @@ VENV = Requirement(
     package="python3-venv", probe="", reason="virtual environments for tools and tests"
 )
 
+HEADERS = Requirement(
+    package="python3-dev", probe="", reason="builds the Cython reference that tests compare with"
+)
+
 
 def install_packages() -> None:
     """Install what is missing, or say what is.
@@ -79,6 +83,8 @@ def install_packages() -> None:
     missing = [requirement for requirement in REQUIREMENTS if not requirement.is_met()]
     if not _has_ensurepip():
         missing.append(VENV)
+    if not _has_headers():
+        missing.append(HEADERS)
     if missing:
         for requirement in missing:
             say(f"      {requirement.package}: {requirement.reason}")
@@ -127,6 +133,12 @@ def unpack_containerd() -> None:
 def _has_ensurepip() -> bool:
     probe = ["python3", "-c", "import ensurepip, venv"]
     return subprocess.run(probe, check=False, capture_output=True).returncode == 0
+
+
+def _has_headers() -> bool:
+    probe = "import os, sysconfig; print(os.path.join(sysconfig.get_path('include'), 'Python.h'))"
+    told = subprocess.run(["python3", "-c", probe], check=False, capture_output=True, text=True)
+    return told.returncode == 0 and Path(told.stdout.strip()).exists()
 
 
 def _check_rust() -> None:
