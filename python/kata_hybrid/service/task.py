@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from kata_hybrid import __version__
 from kata_hybrid.errors import InvalidArgumentError, UnimplementedError
+from kata_hybrid.observability.context import log_context
 from kata_hybrid.protos import runc_options_pb2, task_pb2
 from kata_hybrid.runtimes.base import CreateRequest, Runtime, TaskEvent
 from kata_hybrid.service import convert
@@ -81,7 +82,9 @@ class TaskService:
             "Shutdown": (task_pb2.ShutdownRequest, self.shutdown),
         }
         return {
-            name: Method(request_type=kind, handler=handler, is_waiting=name in waiting)
+            name: Method(
+                request_type=kind, handler=_with_log_context(handler), is_waiting=name in waiting
+            )
             for name, (kind, handler) in handlers.items()
         }
 
@@ -257,6 +260,16 @@ class TaskService:
     def _end_if_possible(self) -> None:
         if self._is_shutdown_asked and self._runtime.is_empty:
             self._on_shutdown()
+
+
+def _with_log_context(handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Have what a handler, and every task it starts, logs say which process it is about."""
+
+    async def handle(request: Any) -> Any:
+        with log_context(container=request.id, exec_id=getattr(request, "exec_id", "")):
+            return await handler(request)
+
+    return handle
 
 
 def _stdio(request: task_pb2.CreateTaskRequest | task_pb2.ExecProcessRequest) -> Stdio:
