@@ -5,6 +5,7 @@ records go to.
 """
 
 import os
+import secrets
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -68,7 +69,7 @@ def containerd(bin_dir: Path) -> Iterator[Containerd]:
     daemon = Containerd(
         install,
         home=home,
-        namespace=f"{home.name}-ns",
+        namespace=f"kh-{secrets.token_hex(4)}",
         shim_dir=bin_dir,
         environment={"KATA_CONF_FILE": os.fspath(configuration)},
     )

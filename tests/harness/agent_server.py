@@ -92,7 +92,7 @@ class AgentServer:
             return self.replies[name] if name in self.replies else await handler(request)
 
         # A fake changes nothing that would have to be completed after its client is gone.
-        return Method(request_type=request_type, handler=recorded, is_waiting=True)
+        return Method(request_type=request_type, handler=recorded, ends_with_client=True)
 
     async def _create_sandbox(self, request: agent_pb2.CreateSandboxRequest) -> Message:
         await self.agent.create_sandbox(

@@ -9,6 +9,7 @@ The shim under test is the one ``make setup`` installed from the wheel (``build/
 """
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def containerd(install: ContainerdInstall, shim_dir: Path | None) -> Iterator[Co
     daemon = Containerd(
         install,
         home=home,
-        namespace=f"{home.name}-ns",
+        namespace=f"kh-{secrets.token_hex(4)}",
         shim_dir=shim_dir,
     )
     try:

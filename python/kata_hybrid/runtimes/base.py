@@ -193,5 +193,9 @@ class Runtime(Protocol):
     def is_empty(self) -> bool:
         """No container is there."""
 
+    @property
+    def is_over(self) -> bool:
+        """No container can ever be created here again."""
+
     async def close(self) -> None:
         """End the sandbox and release everything. Idempotent."""

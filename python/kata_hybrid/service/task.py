@@ -61,7 +61,8 @@ class TaskService:
 
     def methods(self) -> Mapping[str, Method]:
         """Return the table to register under each of :data:`SERVICE_NAMES`."""
-        waiting = {"Wait"}
+        # Nobody would ever learn of a container whose creator is gone: its creation is undone.
+        ending = {"Wait", "Create"}
         handlers: dict[str, tuple[type[Message], Callable[[Any], Any]]] = {
             "State": (task_pb2.StateRequest, self.state),
             "Create": (task_pb2.CreateTaskRequest, self.create),
@@ -83,7 +84,9 @@ class TaskService:
         }
         return {
             name: Method(
-                request_type=kind, handler=_with_log_context(handler), is_waiting=name in waiting
+                request_type=kind,
+                handler=_with_log_context(handler),
+                ends_with_client=name in ending,
             )
             for name, (kind, handler) in handlers.items()
         }

@@ -107,7 +107,7 @@ class GrpcServer:
             message = f"malformed {method.request_type.DESCRIPTOR.name}"
             raise InvalidArgumentError(message) from exc
         task = self._calls.start(_reply(method, request), name="grpc call")
-        if method.is_waiting:
+        if method.ends_with_client:
             self._waiting.add(task)
             task.add_done_callback(self._waiting.discard)
             reply = await task

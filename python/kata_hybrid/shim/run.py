@@ -48,7 +48,9 @@ TASK_SERVICES: Final = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 """The same methods and layouts under two names."""
 IDLE_LIMIT_S: Final = 60.0
 """How long a shim without containers and without connections waits for somebody to come back."""
-_IDLE_POLL_S: Final = 5.0
+_OVER_LIMIT_S: Final = 10.0
+"""How long one whose sandbox has come and gone waits for the Shutdown that should follow."""
+_IDLE_POLL_S: Final = 2.5
 _FINISH_CALLS_S: Final = 10.0
 _FLUSH_EVENTS_S: Final = 5.0
 _RELEASE_S: Final = 30.0
@@ -85,6 +87,8 @@ class Services:
     """The methods of the task service."""
     is_empty: Callable[[], bool]
     """No container exists, so that exiting loses nothing."""
+    is_over: Callable[[], bool]
+    """No container can ever exist again, so that staying is of no use."""
     close: Callable[[], Awaitable[None]]
     """Release the sandbox: end its machine, its helpers, its mounts. Safe to repeat."""
 
@@ -119,7 +123,10 @@ def build_services(
     )
     service = TaskService(runtime, on_shutdown=on_shutdown)
     return Services(
-        methods=service.methods(), is_empty=lambda: runtime.is_empty, close=runtime.close
+        methods=service.methods(),
+        is_empty=lambda: runtime.is_empty,
+        is_over=lambda: runtime.is_over,
+        close=runtime.close,
     )
 
 
@@ -300,7 +307,9 @@ def _build(
         from kata_hybrid.service.broken import broken_services
 
         methods = broken_services(exc, on_shutdown=on_shutdown)
-        return Services(methods=methods, is_empty=lambda: True, close=_nothing)
+        return Services(
+            methods=methods, is_empty=lambda: True, is_over=lambda: False, close=_nothing
+        )
 
 
 def _failing(error: Exception) -> BuildServices:
@@ -373,15 +382,21 @@ def _log_stacks() -> None:
 async def _exit_when_idle(
     server: Any, services: Services, *, exiting: asyncio.Event, limit_s: float
 ) -> None:
-    """Leave when nobody is connected and nothing is here: containerd has forgotten us."""
+    """Leave when nothing is here and nobody is connected, or nothing can ever be here again.
+
+    Then containerd has forgotten us: it ends a shim it knows by a Shutdown.
+    """
     loop = asyncio.get_running_loop()
     idle_since = loop.time()
     while True:
         await asyncio.sleep(min(_IDLE_POLL_S, limit_s / 4))
-        if server.connection_count or not services.is_empty():
+        is_needed = server.connection_count > 0 and not services.is_over()
+        if is_needed or not services.is_empty():
             idle_since = loop.time()
-        elif loop.time() - idle_since >= limit_s:
-            _LOG.warning("no container and no connection: leaving", extra={"after_s": limit_s})
+        elif loop.time() - idle_since >= (
+            min(limit_s, _OVER_LIMIT_S) if services.is_over() else limit_s
+        ):
+            _LOG.warning("of no use any more: leaving", extra={"after_s": limit_s})
             exiting.set()
             return
 

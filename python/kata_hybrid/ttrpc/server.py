@@ -56,8 +56,8 @@ class Method:
 
     request_type: type[Message]
     handler: Callable[[Any], Awaitable[Message]]
-    is_waiting: bool = False
-    """Changes nothing and may take for ever: cancelled when its client is gone."""
+    ends_with_client: bool = False
+    """Cancelled when its client is gone: it only waits, or undoes itself when cancelled."""
 
 
 Services = Mapping[str, Mapping[str, Method]]
@@ -217,7 +217,7 @@ class _Connection(asyncio.Protocol):
         server._tasks.add(task)  # noqa: SLF001
         task.add_done_callback(server._tasks.discard)  # noqa: SLF001
         task.add_done_callback(self._finish)
-        if method.is_waiting:
+        if method.ends_with_client:
             self._waiting.add(task)
 
     def _finish(self, task: asyncio.Task[None]) -> None:

@@ -30,6 +30,7 @@ class Service:
 
     def __init__(self, *, is_empty: bool = True) -> None:
         self.is_empty = is_empty
+        self.is_over = False
         self.is_closed = False
         self.events: EventPublisher | None = None
         self.on_shutdown: Callable[[], None] = lambda: None
@@ -45,6 +46,7 @@ class Service:
                 "Shutdown": Method(request_type=task_pb2.ShutdownRequest, handler=self.shutdown),
             },
             is_empty=lambda: self.is_empty,
+            is_over=lambda: self.is_over,
             close=self.close,
         )
 
@@ -155,6 +157,17 @@ async def test_a_connection_keeps_it(folder: Path) -> None:
         await call(client, "Connect", task_pb2.ConnectRequest())
     async with asyncio.timeout(TIMEOUT_S):
         await task
+
+
+@on_loop
+async def test_a_connection_does_not_keep_one_whose_sandbox_is_over(folder: Path) -> None:
+    service = Service()
+    service.is_over = True
+    task = await serving(folder, service.build, idle_limit_s=0.1)
+    async with await Client.connect(folder / "shim.sock", timeout_s=TIMEOUT_S):
+        async with asyncio.timeout(TIMEOUT_S):
+            await task
+    assert service.is_closed
 
 
 @on_loop

@@ -88,7 +88,9 @@ class Handlers:
     def methods(self) -> dict[str, Method]:
         return {
             "Connect": Method(request_type=task_pb2.ConnectRequest, handler=self.connect),
-            "Wait": Method(request_type=task_pb2.WaitRequest, handler=self.hold, is_waiting=True),
+            "Wait": Method(
+                request_type=task_pb2.WaitRequest, handler=self.hold, ends_with_client=True
+            ),
             "Create": Method(request_type=task_pb2.CreateTaskRequest, handler=self.hold),
             "State": Method(request_type=task_pb2.StateRequest, handler=self.state),
             "Start": Method(request_type=task_pb2.StartRequest, handler=self.start),

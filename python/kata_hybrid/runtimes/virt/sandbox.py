@@ -465,6 +465,11 @@ class VirtSandbox:
         """No container is there or on its way."""
         return not self._containers and not self._creating
 
+    @property
+    def is_over(self) -> bool:
+        """The guest has come and gone."""
+        return self._state is SandboxState.CLOSED
+
     def _task_pid(self) -> int:
         return 0 if self._guest is None else self._guest.task_pid
 

@@ -228,6 +228,29 @@ async def test_a_first_container_that_fails_takes_the_guest_along(tmp_path: Path
 
 
 @on_loop
+async def test_a_create_that_nobody_waits_for_any_more_is_undone(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    reached = asyncio.Event()
+
+    async def hold(method: str) -> None:
+        if method == "create_container":
+            reached.set()
+            await asyncio.get_running_loop().create_future()
+
+    world.agent.gate = hold
+    task = asyncio.get_running_loop().create_task(world.create())
+    async with asyncio.timeout(10):
+        await reached.wait()
+        task.cancel()
+        await asyncio.wait({task})
+    assert task.cancelled()
+    assert world.guest.stops > 0
+    assert world.sandbox.is_empty
+    assert world.sandbox.is_over
+    assert world.log.events == []
+
+
+@on_loop
 async def test_a_second_container_that_fails_leaves_the_first_alone(tmp_path: Path) -> None:
     world = World(tmp_path)
     await world.run()
