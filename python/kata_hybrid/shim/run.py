@@ -46,8 +46,8 @@ _LOG = logging.getLogger(__name__)
 
 TASK_SERVICES: Final = ("containerd.task.v2.Task", "containerd.task.v3.Task")
 """The same methods and layouts under two names."""
-IDLE_LIMIT_S: Final = 60.0
-"""How long a shim without containers and without connections waits for somebody to come back."""
+IDLE_LIMIT_S: Final = 30.0
+"""How long a shim waits for its first container."""
 _OVER_LIMIT_S: Final = 10.0
 """How long one whose sandbox has come and gone waits for the Shutdown that should follow."""
 _IDLE_POLL_S: Final = 2.5
@@ -256,7 +256,7 @@ async def run(
         gc.collect()
         gc.freeze()
         supervisor.start(
-            _exit_when_idle(server, services, exiting=exiting, limit_s=idle_limit_s), name="idle"
+            _exit_when_idle(services, exiting=exiting, limit_s=idle_limit_s), name="idle"
         )
         try:
             await exiting.wait()
@@ -379,19 +379,17 @@ def _log_stacks() -> None:
         _LOG.info("thread", extra={"thread_id": thread, "stack": " > ".join(frames)})
 
 
-async def _exit_when_idle(
-    server: Any, services: Services, *, exiting: asyncio.Event, limit_s: float
-) -> None:
-    """Leave when nothing is here and nobody is connected, or nothing can ever be here again.
+async def _exit_when_idle(services: Services, *, exiting: asyncio.Event, limit_s: float) -> None:
+    """Leave when there has been no container for a while, whoever is still connected.
 
-    Then containerd has forgotten us: it ends a shim it knows by a Shutdown.
+    containerd creates right after ``start`` and ends a shim it knows by a Shutdown. One that was
+    restarted in between may keep a connection and never use it.
     """
     loop = asyncio.get_running_loop()
     idle_since = loop.time()
     while True:
         await asyncio.sleep(min(_IDLE_POLL_S, limit_s / 4))
-        is_needed = server.connection_count > 0 and not services.is_over()
-        if is_needed or not services.is_empty():
+        if not services.is_empty():
             idle_since = loop.time()
         elif loop.time() - idle_since >= (
             min(limit_s, _OVER_LIMIT_S) if services.is_over() else limit_s

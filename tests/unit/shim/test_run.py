@@ -148,21 +148,8 @@ async def test_it_leaves_when_nobody_ever_came(folder: Path) -> None:
 
 
 @on_loop
-async def test_a_connection_keeps_it(folder: Path) -> None:
+async def test_a_connection_alone_does_not_keep_it(folder: Path) -> None:
     service = Service()
-    task = await serving(folder, service.build, idle_limit_s=0.1)
-    async with await Client.connect(folder / "shim.sock", timeout_s=TIMEOUT_S) as client:
-        done, _ = await asyncio.wait({task}, timeout=0.5)
-        assert not done
-        await call(client, "Connect", task_pb2.ConnectRequest())
-    async with asyncio.timeout(TIMEOUT_S):
-        await task
-
-
-@on_loop
-async def test_a_connection_does_not_keep_one_whose_sandbox_is_over(folder: Path) -> None:
-    service = Service()
-    service.is_over = True
     task = await serving(folder, service.build, idle_limit_s=0.1)
     async with await Client.connect(folder / "shim.sock", timeout_s=TIMEOUT_S):
         async with asyncio.timeout(TIMEOUT_S):

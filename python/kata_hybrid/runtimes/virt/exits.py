@@ -6,7 +6,9 @@ with :data:`LOST_STATUS`, so nobody waits for ever.
 """
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -24,7 +26,9 @@ LOST_STATUS: Final = 255
 KILLED_STATUS: Final = 137
 DRAIN_TIMEOUT_S: Final = 5.0
 """How long an end waits for output that nobody reads."""
-EXEC_END_TIMEOUT_S: Final = 2.0
+REPORT_DELAY_S: Final = 2.0
+"""How long the report of an exit waits for output that is on its way."""
+EXEC_END_TIMEOUT_S: Final = 4.0
 """Execs die with their container; how long their own exits may take to arrive first."""
 
 
@@ -53,14 +57,27 @@ class Exits:
                 await process.copies.drained()
             status = await guest.agent.wait_process(process.container_id, process.exec_id)
         except KataError as exc:
-            _log.warning("wait failed", extra={"process": str(process), "error": str(exc)})
-        await self._ended(container, process, status)
+            _log.warning("wait failed", extra={"subject": str(process), "error": str(exc)})
+        exited_at_ns = time.time_ns()
+        if process.copies is not None:
+            # Clients exist that stop reading when they learn of the exit: what was written first.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_DELAY_S):
+                    await process.copies.drained()
+        await self._ended(container, process, status, exited_at_ns=exited_at_ns)
 
-    async def _ended(self, container: Container, process: Process, status: int) -> None:
+    async def _ended(
+        self,
+        container: Container,
+        process: Process,
+        status: int,
+        *,
+        exited_at_ns: int | None = None,
+    ) -> None:
         if process.exec_id is None:
             await self.end_execs(container)
         async with process.lock:
-            ended = process.end(status)
+            ended = process.end(status, exited_at_ns=exited_at_ns)
         if ended is not None:
             self._events.emit(
                 TaskExited(
@@ -112,7 +129,7 @@ class Exits:
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
                 await process.copies.drained()
         except TimeoutError:
-            _log.warning("output dropped: nobody reads it", extra={"process": str(process)})
+            _log.warning("output dropped: nobody reads it", extra={"subject": str(process)})
             return False
         return True
 

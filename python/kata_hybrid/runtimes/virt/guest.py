@@ -154,7 +154,7 @@ class VirtGuest:
             self.can_add_disk = False
             await self._share_fs.start()
             self._hypervisor.add_shared_folder(self._share_fs.device)
-            self._watch(self._share_fs.died, name="shared folder")
+            self._watch(self._share_gone, name="shared folder")
             await self._start_machine()
             self.task_pid = self._hypervisor.task_pid
             self._watch(self._machine_gone, name="machine")
@@ -238,6 +238,11 @@ class VirtGuest:
     async def _machine_gone(self) -> str:
         end = await self._hypervisor.exited()
         return f"{end.reason}: {end.detail}" if end.detail else end.reason
+
+    async def _share_gone(self) -> str:
+        reason = await self._share_fs.died()
+        # The daemon ends when its machine does.
+        return await _soon(self._machine_gone()) or reason
 
     async def _agent_gone(self) -> str:
         await self.agent.closed()

@@ -106,8 +106,8 @@ class Process:
             )
         self._status = status
 
-    def end(self, status: int) -> ExitInfo | None:
-        """Record the exit and wake who waits for it.
+    def end(self, status: int, *, exited_at_ns: int | None = None) -> ExitInfo | None:
+        """Record the exit, of now or of the given time, and wake who waits for it.
 
         Returns:
             The exit, or None if it had been recorded already.
@@ -115,7 +115,7 @@ class Process:
         if self.is_stopped:
             return None
         self._status = TaskStatus.STOPPED
-        self._exit = ExitInfo(status=status, exited_at_ns=time.time_ns())
+        self._exit = ExitInfo(status=status, exited_at_ns=exited_at_ns or time.time_ns())
         self._exited.set()
         return self._exit
 
