@@ -255,6 +255,8 @@ class QemuHypervisor:
                 self._exit = VmExit(reason="killed", detail="never started")
                 self._began.set()
             return
+        # First, or the monitor's reader reports the end of its connection as an error.
+        await self._monitor.disconnect(timeout_s=_LAST_WORDS_TIMEOUT_S)
         self._process.kill()
         try:
             async with asyncio.timeout(_STOP_TIMEOUT_S):
