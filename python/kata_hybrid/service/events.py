@@ -18,11 +18,11 @@ from typing import Final
 from google.protobuf.any_pb2 import Any
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from kata_hybrid.aio.supervisor import Supervisor
 from kata_hybrid.errors import DeadlineExceededError, KataError, UnavailableError
 from kata_hybrid.protos import events_forward_pb2
+from kata_hybrid.service.convert import timestamp
 from kata_hybrid.ttrpc.client import Client
 
 _LOG = logging.getLogger(__name__)
@@ -151,9 +151,3 @@ class EventPublisher:
         client, self._client = self._client, None
         if client is not None:
             client.close()
-
-
-def timestamp(time_ns: int) -> Timestamp:
-    """Return nanoseconds since the epoch as a protobuf timestamp."""
-    seconds, nanos = divmod(time_ns, 1_000_000_000)
-    return Timestamp(seconds=seconds, nanos=nanos)

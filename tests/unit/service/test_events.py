@@ -9,7 +9,8 @@ from google.protobuf.message import Message
 from harness.loop import on_loop
 from kata_hybrid.errors import InvalidArgumentError
 from kata_hybrid.protos import containerd_events_pb2, events_forward_pb2
-from kata_hybrid.service.events import METHOD, SERVICE, EventPublisher, timestamp
+from kata_hybrid.service.convert import timestamp
+from kata_hybrid.service.events import METHOD, SERVICE, EventPublisher
 from kata_hybrid.ttrpc.server import Method, Server
 
 TIMEOUT_S = 10.0
