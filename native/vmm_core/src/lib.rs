@@ -1,13 +1,12 @@
 //! The machine as a library. It knows nothing of Python, containers or ttRPC.
 //!
-//! What is here so far answers one question: can KVM on this host run an ordinary kernel?
-//! [`probe::probe_kvm`] finds out by running a tiny guest, on a thread of its own, in
-//! milliseconds. [`kvm`] holds the system-level calls that any machine needs.
-//!
-//! `unsafe` is denied except in `kvm.rs`, where the kernel is handed raw memory and signals.
+//! `unsafe` is denied except where the kernel is handed raw memory, signals or registers; each
+//! file that opens it says why.
 
 #![deny(unsafe_code)]
 
 mod arch;
+pub mod interrupt;
 pub mod kvm;
 pub mod probe;
+pub mod virtio;

@@ -1,0 +1,331 @@
+//! The memory a driver named in its descriptors, and moving bytes between it and the host.
+//!
+//! Each range was checked against the guest's mappings once, when it was added, and the mappings
+//! are kept alive by the buffers themselves. The guest changes the bytes at any time, so they are
+//! touched only by raw copies and by the kernel (`preadv`, `sendmsg`, …), never through Rust
+//! references. Used on whichever thread runs the device.
+
+#![expect(
+    unsafe_code,
+    reason = "guest memory may not be lent as Rust slices: raw copies and system calls"
+)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+use std::sync::Arc;
+
+use crate::ram::{GuestRam, HostRange};
+
+/// Ranges given to one system call; what does not fit takes another.
+pub const MAX_RANGES_PER_CALL: usize = 64;
+
+/// Checked guest memory, in order.
+#[derive(Clone, Debug)]
+pub struct GuestBuffers {
+    /// Keeps the mappings under `ranges`.
+    ram: Arc<GuestRam>,
+    ranges: Vec<HostRange>,
+    len: usize,
+}
+
+/// Ranges for one system call that does scatter or gather.
+pub struct Iovecs<'a> {
+    entries: [libc::iovec; MAX_RANGES_PER_CALL],
+    count: usize,
+    /// Bytes the entries name.
+    pub len: usize,
+    _buffers: &'a GuestBuffers,
+}
+
+impl Iovecs<'_> {
+    /// The entries: valid for reads and writes by the kernel while the buffers live.
+    pub fn as_slice(&self) -> &[libc::iovec] {
+        self.entries.get(..self.count).unwrap_or(&[])
+    }
+}
+
+impl GuestBuffers {
+    /// No bytes, of this memory.
+    pub fn new(ram: Arc<GuestRam>) -> Self {
+        Self {
+            ram,
+            ranges: Vec::new(),
+            len: 0,
+        }
+    }
+
+    /// The memory the bytes are in.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// Forget all ranges; the room for them is kept.
+    pub fn clear(&mut self) {
+        self.ranges.clear();
+        self.len = 0;
+    }
+
+    /// Forget all ranges and go on in other memory.
+    pub fn reset(&mut self, ram: &Arc<GuestRam>) {
+        self.clear();
+        if !Arc::ptr_eq(&self.ram, ram) {
+            self.ram = Arc::clone(ram);
+        }
+    }
+
+    /// Add `len` bytes at guest `address`. False: not all of them are memory; nothing was added.
+    pub fn push(&mut self, address: u64, len: usize) -> bool {
+        let before = (self.ranges.len(), self.len);
+        let (mut address, mut rest) = (address, len);
+        while rest > 0 {
+            let Some(range) = self.ram.prefix(address, rest) else {
+                self.ranges.truncate(before.0);
+                self.len = before.1;
+                return false;
+            };
+            self.ranges.push(range);
+            self.len += range.len;
+            rest -= range.len;
+            // Past the last address only when nothing is left.
+            address = address.wrapping_add(range.len as u64);
+        }
+        true
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// No bytes at all.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Ranges of host memory; more than [`MAX_RANGES_PER_CALL`] take several system calls.
+    pub fn range_count(&self) -> usize {
+        self.ranges.len()
+    }
+
+    /// The `len` bytes from `offset`; fewer if the buffers end before.
+    #[must_use]
+    pub fn range(&self, offset: usize, len: usize) -> Self {
+        let mut part = Self::new(Arc::clone(&self.ram));
+        self.for_each(offset, len, |range| {
+            part.ranges.push(range);
+            part.len += range.len;
+        });
+        part
+    }
+
+    /// Append the memory of `other`, which is of the same guest.
+    pub fn append(&mut self, mut other: Self) {
+        debug_assert!(Arc::ptr_eq(&self.ram, &other.ram), "one guest's memory");
+        self.len += other.len;
+        self.ranges.append(&mut other.ranges);
+    }
+
+    /// Call `each` with the ranges that make up `len` bytes from `offset`; gives the bytes seen.
+    fn for_each(&self, offset: usize, len: usize, mut each: impl FnMut(HostRange)) -> usize {
+        let (mut skip, mut rest) = (offset, len);
+        for range in &self.ranges {
+            if rest == 0 {
+                break;
+            }
+            if skip >= range.len {
+                skip -= range.len;
+                continue;
+            }
+            let count = rest.min(range.len - skip);
+            each(HostRange {
+                base: range.base.wrapping_add(skip),
+                len: count,
+            });
+            rest -= count;
+            skip = 0;
+        }
+        len - rest
+    }
+
+    /// Copy bytes from `offset` on out; gives how many there were.
+    pub fn copy_to(&self, offset: usize, target: &mut [u8]) -> usize {
+        let mut at = target.as_mut_ptr();
+        self.for_each(offset, target.len(), |range| {
+            // SAFETY: the range lies in a mapping that `self.ram` keeps; `for_each` gives at most
+            // `target.len()` bytes in all, so `at` has room for this many; the two do not overlap,
+            // because no Rust object lives in guest memory. The guest may write at the same time:
+            // the bytes are plain data, and each is read once.
+            unsafe { ptr::copy_nonoverlapping(range.base.cast_const(), at, range.len) };
+            at = at.wrapping_add(range.len);
+        })
+    }
+
+    /// Copy `source` in from `offset` on; gives how many bytes fitted.
+    pub fn copy_from(&self, offset: usize, source: &[u8]) -> usize {
+        let mut at = source.as_ptr();
+        self.for_each(offset, source.len(), |range| {
+            // SAFETY: as in `copy_to`, with the directions exchanged; mappings are writable.
+            unsafe { ptr::copy_nonoverlapping(at, range.base, range.len) };
+            at = at.wrapping_add(range.len);
+        })
+    }
+
+    /// Set `len` bytes from `offset` on to zero; gives how many there were.
+    pub fn fill_zero(&self, offset: usize, len: usize) -> usize {
+        self.for_each(offset, len, |range| {
+            // SAFETY: the range lies in a writable mapping that `self.ram` keeps.
+            unsafe { ptr::write_bytes(range.base, 0, range.len) };
+        })
+    }
+
+    /// Copy a plain value out, if there are bytes enough from `offset` on.
+    pub fn read_array<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        (self.copy_to(offset, &mut bytes) == N).then_some(bytes)
+    }
+
+    /// The first ranges of `len` bytes from `offset` on, for one system call.
+    pub fn iovecs(&self, offset: usize, len: usize) -> Iovecs<'_> {
+        let empty = libc::iovec {
+            iov_base: ptr::null_mut(),
+            iov_len: 0,
+        };
+        let mut iovecs = Iovecs {
+            entries: [empty; MAX_RANGES_PER_CALL],
+            count: 0,
+            len: 0,
+            _buffers: self,
+        };
+        self.for_each(offset, len, |range| {
+            if let Some(entry) = iovecs.entries.get_mut(iovecs.count) {
+                *entry = libc::iovec {
+                    iov_base: range.base.cast(),
+                    iov_len: range.len,
+                };
+                iovecs.count += 1;
+                iovecs.len += range.len;
+            }
+        });
+        iovecs
+    }
+
+    /// Give bytes from `offset` on to a stream socket: as many as one call takes.
+    ///
+    /// # Errors
+    /// As sendmsg(2); EPIPE comes without a signal.
+    pub fn send(&self, socket: BorrowedFd<'_>, offset: usize) -> io::Result<usize> {
+        let iovecs = self.iovecs(offset, self.len.saturating_sub(offset));
+        let message = libc::msghdr {
+            msg_name: ptr::null_mut(),
+            msg_namelen: 0,
+            msg_iov: iovecs.entries.as_ptr().cast_mut(),
+            msg_iovlen: iovecs.count,
+            msg_control: ptr::null_mut(),
+            msg_controllen: 0,
+            msg_flags: 0,
+        };
+        retry(|| {
+            // SAFETY: `message` names `count` valid entries that the kernel only reads; each is a
+            // range of a mapping that `self.ram` keeps. Guest writes only change the bytes sent.
+            unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) }
+        })
+    }
+
+    /// Fill from a descriptor that has no position: as many bytes as one call gives, 0 at the end.
+    ///
+    /// # Errors
+    /// As readv(2).
+    pub fn receive(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let iovecs = self.iovecs(0, self.len);
+        retry(|| {
+            // SAFETY: the entries are valid (see `send`) and name writable mappings that no Rust
+            // reference points into, so the kernel may write them.
+            unsafe { libc::readv(fd.as_raw_fd(), iovecs.entries.as_ptr(), iovecs.count_c()) }
+        })
+    }
+
+    /// Write bytes from `offset` on to a descriptor that has no position, in one call.
+    ///
+    /// # Errors
+    /// As writev(2).
+    pub fn write_to(&self, fd: BorrowedFd<'_>, offset: usize) -> io::Result<usize> {
+        let iovecs = self.iovecs(offset, self.len.saturating_sub(offset));
+        retry(|| {
+            // SAFETY: the entries are valid (see `send`); the kernel only reads the memory.
+            unsafe { libc::writev(fd.as_raw_fd(), iovecs.entries.as_ptr(), iovecs.count_c()) }
+        })
+    }
+
+    /// Fill bytes from `offset` on with what a file has at `position`; short as preadv(2) is.
+    ///
+    /// # Errors
+    /// As preadv(2).
+    pub fn read_at(&self, file: BorrowedFd<'_>, offset: usize, position: u64) -> io::Result<usize> {
+        let iovecs = self.iovecs(offset, self.len.saturating_sub(offset));
+        let position = file_position(position)?;
+        retry(|| {
+            // SAFETY: as in `receive`.
+            unsafe {
+                libc::preadv64(
+                    file.as_raw_fd(),
+                    iovecs.entries.as_ptr(),
+                    iovecs.count_c(),
+                    position,
+                )
+            }
+        })
+    }
+
+    /// Write bytes from `offset` on into a file at `position`; short as pwritev(2) is.
+    ///
+    /// # Errors
+    /// As pwritev(2).
+    pub fn write_at(
+        &self,
+        file: BorrowedFd<'_>,
+        offset: usize,
+        position: u64,
+    ) -> io::Result<usize> {
+        let iovecs = self.iovecs(offset, self.len.saturating_sub(offset));
+        let position = file_position(position)?;
+        retry(|| {
+            // SAFETY: as in `write_to`.
+            unsafe {
+                libc::pwritev64(
+                    file.as_raw_fd(),
+                    iovecs.entries.as_ptr(),
+                    iovecs.count_c(),
+                    position,
+                )
+            }
+        })
+    }
+}
+
+impl Iovecs<'_> {
+    fn count_c(&self) -> libc::c_int {
+        // At most MAX_RANGES_PER_CALL.
+        libc::c_int::try_from(self.count).unwrap_or(libc::c_int::MAX)
+    }
+}
+
+fn file_position(position: u64) -> io::Result<i64> {
+    i64::try_from(position).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        if let Ok(count) = usize::try_from(call()) {
+            return Ok(count);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "buffers_tests.rs"]
+mod tests;

@@ -1,0 +1,135 @@
+//! The guest's memory as devices see it.
+//!
+//! [`GuestRam`] owns the mappings and a flat table of them, so that translating an address is a
+//! comparison or two. It is shared by every ring and buffer of a machine (`Arc`), which is what
+//! keeps the host addresses they hold valid. Memory added later makes a new `GuestRam` that
+//! shares the old mappings; rings are given it by `Ring::set_memory`.
+
+#![expect(
+    unsafe_code,
+    reason = "host addresses are handed to those who move bytes"
+)]
+
+use std::sync::Arc;
+
+use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+
+/// A range of host memory that the guest can write at any time.
+///
+/// Only made by [`GuestRam`], for ranges inside of its mappings: whoever holds one also holds the
+/// `Arc<GuestRam>` it came from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HostRange {
+    /// First byte, in this process.
+    pub(crate) base: *mut u8,
+    /// Bytes.
+    pub(crate) len: usize,
+}
+
+// SAFETY: a pair of numbers; access through it is unsafe and argued where it happens.
+unsafe impl Send for HostRange {}
+// SAFETY: as above.
+unsafe impl Sync for HostRange {}
+
+#[derive(Clone, Copy, Debug)]
+struct Region {
+    start: u64,
+    range: HostRange,
+}
+
+/// The guest's memory: mappings, and where they are.
+#[derive(Debug)]
+pub struct GuestRam {
+    mappings: GuestMemoryMmap,
+    regions: Box<[Region]>,
+}
+
+impl GuestRam {
+    /// Take over mappings.
+    pub fn new(mappings: GuestMemoryMmap) -> Arc<Self> {
+        let regions = mappings
+            .iter()
+            .map(|region| Region {
+                start: region.start_addr().raw_value(),
+                range: HostRange {
+                    base: region.as_ptr(),
+                    // The length of a mapping in this process.
+                    len: usize::try_from(region.len()).unwrap_or(0),
+                },
+            })
+            .collect();
+        Arc::new(Self { mappings, regions })
+    }
+
+    /// The mappings, for code that wants vm-memory's interface.
+    pub fn mappings(&self) -> &GuestMemoryMmap {
+        &self.mappings
+    }
+
+    /// Bytes in all.
+    pub fn size(&self) -> u64 {
+        self.regions
+            .iter()
+            .map(|region| region.range.len as u64)
+            .sum()
+    }
+
+    /// The host's range for as much of `len` bytes at guest `address` as one mapping holds: at
+    /// least one byte, `None` if no mapping has `address`.
+    pub(crate) fn prefix(&self, address: u64, len: usize) -> Option<HostRange> {
+        for region in &self.regions {
+            let Some(offset) = address.checked_sub(region.start) else {
+                continue;
+            };
+            let Ok(offset) = usize::try_from(offset) else {
+                continue;
+            };
+            if offset < region.range.len {
+                return Some(HostRange {
+                    base: region.range.base.wrapping_add(offset),
+                    len: len.min(region.range.len - offset),
+                });
+            }
+        }
+        None
+    }
+
+    /// The host's range for exactly `len` bytes at guest `address`, if one mapping holds them.
+    pub(crate) fn contiguous(&self, address: u64, len: usize) -> Option<HostRange> {
+        self.prefix(address, len).filter(|range| range.len == len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    fn ram() -> Arc<GuestRam> {
+        let ranges = [
+            (GuestAddress(0), 0x2000),
+            (GuestAddress(0x2000), 0x1000),
+            (GuestAddress(0x1_0000_0000), 0x1000),
+        ];
+        GuestRam::new(GuestMemoryMmap::from_ranges(&ranges).unwrap())
+    }
+
+    #[test]
+    fn a_prefix_ends_with_its_mapping() {
+        let ram = ram();
+        assert_eq!(ram.prefix(0x1ff0, 0x20).unwrap().len, 0x10);
+        assert_eq!(ram.prefix(0x2000, 0x20).unwrap().len, 0x20);
+        assert_eq!(ram.size(), 0x4000);
+    }
+
+    #[test]
+    fn what_no_mapping_holds_is_refused() {
+        let ram = ram();
+        for address in [0x3000, 0xffff_ffff, 0x1_0000_1000, u64::MAX] {
+            assert!(ram.prefix(address, 1).is_none(), "{address:#x}");
+        }
+        assert!(ram.contiguous(0x1fff, 2).is_none());
+        assert!(ram.contiguous(0x1_0000_0fff, 1).is_some());
+    }
+}
