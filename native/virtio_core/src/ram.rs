@@ -10,6 +10,9 @@
     reason = "host addresses are handed to those who move bytes"
 )]
 
+use std::any::Any;
+use std::fmt;
+use std::ptr;
 use std::sync::Arc;
 
 use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
@@ -38,15 +41,33 @@ struct Region {
 }
 
 /// The guest's memory: mappings, and where they are.
-#[derive(Debug)]
 pub struct GuestRam {
     mappings: GuestMemoryMmap,
     regions: Box<[Region]>,
+    /// What unmaps the memory, where vm-memory does not. Dropped last.
+    _owner: Option<Box<dyn Any + Send + Sync>>,
+}
+
+impl fmt::Debug for GuestRam {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestRam")
+            .field("regions", &self.regions)
+            .finish_non_exhaustive()
+    }
 }
 
 impl GuestRam {
-    /// Take over mappings.
+    /// Take over mappings that unmap themselves.
     pub fn new(mappings: GuestMemoryMmap) -> Arc<Self> {
+        Self::make(mappings, None)
+    }
+
+    /// Take over mappings of memory that `owner` unmaps when it is dropped.
+    pub fn with_owner(mappings: GuestMemoryMmap, owner: Box<dyn Any + Send + Sync>) -> Arc<Self> {
+        Self::make(mappings, Some(owner))
+    }
+
+    fn make(mappings: GuestMemoryMmap, owner: Option<Box<dyn Any + Send + Sync>>) -> Arc<Self> {
         let regions = mappings
             .iter()
             .map(|region| Region {
@@ -58,7 +79,11 @@ impl GuestRam {
                 },
             })
             .collect();
-        Arc::new(Self { mappings, regions })
+        Arc::new(Self {
+            mappings,
+            regions,
+            _owner: owner,
+        })
     }
 
     /// The mappings, for code that wants vm-memory's interface.
@@ -72,6 +97,31 @@ impl GuestRam {
             .iter()
             .map(|region| region.range.len as u64)
             .sum()
+    }
+
+    /// Guest address and bytes of each range of memory, in order.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.regions
+            .iter()
+            .map(|region| (region.start, region.range.len as u64))
+    }
+
+    /// Where guest `address` is in this process: a number, for the kernel.
+    pub fn host_address(&self, address: u64) -> Option<usize> {
+        self.prefix(address, 1).map(|range| range.base.addr())
+    }
+
+    /// Copy bytes from guest `address` on, up to the end of its range; gives how many.
+    pub fn copy_out(&self, address: u64, target: &mut [u8]) -> usize {
+        let Some(range) = self.prefix(address, target.len()) else {
+            return 0;
+        };
+        // SAFETY: the range lies in a mapping of ours and is no longer than the target; no Rust
+        // object lives in guest memory, so they do not overlap. Plain bytes, read once.
+        unsafe {
+            ptr::copy_nonoverlapping(range.base.cast_const(), target.as_mut_ptr(), range.len);
+        };
+        range.len
     }
 
     /// The host's range for as much of `len` bytes at guest `address` as one mapping holds: at

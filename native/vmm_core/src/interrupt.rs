@@ -23,6 +23,7 @@ pub struct Interrupt {
     /// GSI it is routed to.
     gsi: u32,
     raised: AtomicU64,
+    config_generation: AtomicU32,
 }
 
 impl Interrupt {
@@ -36,6 +37,7 @@ impl Interrupt {
             irqfd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             gsi,
             raised: AtomicU64::new(0),
+            config_generation: AtomicU32::new(0),
         })
     }
 
@@ -46,6 +48,7 @@ impl Interrupt {
 
     /// Tell the driver that the configuration space changed.
     pub fn signal_config(&self) {
+        self.config_generation.fetch_add(1, Ordering::SeqCst);
         self.raise(CONFIG);
     }
 
@@ -69,6 +72,16 @@ impl Interrupt {
     /// The interrupt status register.
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::SeqCst)
+    }
+
+    /// The configuration generation register: another number after each change.
+    pub fn config_generation(&self) -> u32 {
+        self.config_generation.load(Ordering::SeqCst)
+    }
+
+    /// Set the generation, on restore.
+    pub fn set_config_generation(&self, generation: u32) {
+        self.config_generation.store(generation, Ordering::SeqCst);
     }
 
     /// The driver acknowledges some bits.

@@ -155,24 +155,39 @@ fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN()
 }
 
-/// Block every signal in the calling thread, and have `KVM_RUN` of `vcpu` return EINTR when
-/// [`kick`] is used on this thread, before or during the run. No handler ever runs.
+/// Block every signal in the calling thread but those its own faults raise. A failure is not
+/// reported: with these arguments `pthread_sigmask` has none.
+pub(crate) fn block_signals() {
+    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `set` is valid for writes; sigfillset initialises it.
+    unsafe { libc::sigfillset(set.as_mut_ptr()) };
+    for fault in [
+        libc::SIGSEGV,
+        libc::SIGBUS,
+        libc::SIGILL,
+        libc::SIGFPE,
+        libc::SIGTRAP,
+        libc::SIGSYS,
+    ] {
+        // SAFETY: `set` was initialised above and `fault` is a valid signal.
+        unsafe { libc::sigdelset(set.as_mut_ptr(), fault) };
+    }
+    // SAFETY: `set` is initialised; no old mask is asked for. Only this thread's mask changes.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, set.as_ptr(), std::ptr::null_mut()) };
+}
+
+/// Have `KVM_RUN` of `vcpu` return EINTR when [`kick`] is used on this thread, before or during
+/// the run. The thread has to block signals ([`block_signals`]); no handler ever runs.
 ///
 /// # Errors
-/// The kernel refused one of the masks.
-pub fn make_kickable(vcpu: &VcpuFd) -> Result<(), KvmError> {
+/// The kernel refused the mask.
+pub(crate) fn make_kickable(vcpu: &VcpuFd) -> Result<(), KvmError> {
     /// `struct kvm_signal_mask` with its set.
     #[repr(C, packed)]
     struct SignalMask {
         len: u32,
         set: u64,
     }
-    let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: `all` is valid for writes; sigfillset initialises it.
-    unsafe { libc::sigfillset(all.as_mut_ptr()) };
-    // SAFETY: `all` was initialised above; no old mask is asked for. Only this thread's mask
-    // changes.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut()) };
     // While the guest runs, all but the kick stay blocked. Signal n is bit n - 1.
     let mask = SignalMask {
         len: KERNEL_SIGSET_SIZE,
@@ -190,8 +205,23 @@ pub fn make_kickable(vcpu: &VcpuFd) -> Result<(), KvmError> {
     ))
 }
 
+/// Take the kick that ended a run, if one is pending: the next run would end at once otherwise.
+pub(crate) fn consume_kick() {
+    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `set` is valid for writes; sigemptyset initialises it.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: `set` was initialised above and the signal is a valid one.
+    unsafe { libc::sigaddset(set.as_mut_ptr(), kick_signal()) };
+    let no_wait = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `set` is initialised, `no_wait` valid; nothing is written (null is allowed).
+    unsafe { libc::sigtimedwait(set.as_ptr(), std::ptr::null_mut(), &raw const no_wait) };
+}
+
 /// End the run of a thread that called [`make_kickable`].
-pub fn kick<T>(thread: &std::thread::JoinHandle<T>) {
+pub(crate) fn kick<T>(thread: &std::thread::JoinHandle<T>) {
     use std::os::unix::thread::JoinHandleExt;
     // SAFETY: the thread was not joined (we hold its handle), so its id is valid even if it has
     // ended. The signal is blocked there, so at most it stays pending until the thread ends.

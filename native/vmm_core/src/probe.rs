@@ -102,6 +102,7 @@ fn run_guest(kvm: &Kvm) -> Result<String, String> {
     let vm = kvm::create_vm(kvm).map_err(text)?;
     let machine = kvm::MappedVm::new(vm, memory).map_err(text)?;
     let mut guest = probe_guest::build(kvm, &machine.vm, machine.memory()).map_err(text)?;
+    kvm::block_signals();
     kvm::make_kickable(&guest.vcpu).map_err(text)?;
 
     let what = match guest.vcpu.run() {

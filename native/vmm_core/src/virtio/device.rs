@@ -12,6 +12,7 @@
 //! around each call, so a device sees one at a time. None of them may block or panic: what takes
 //! long is started, and its end watched through the [`Watcher`].
 
+use std::any::Any;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -214,7 +215,7 @@ impl Watcher {
 }
 
 /// A virtio device.
-pub trait VirtioDevice: Send {
+pub trait VirtioDevice: Any + Send {
     /// What it is.
     fn kind(&self) -> DeviceKind;
 
