@@ -4,10 +4,14 @@
 //! [`probe::probe_kvm`] finds out by running a tiny guest, on a thread of its own, in
 //! milliseconds. [`kvm`] holds the system-level calls that any machine needs.
 //!
-//! `unsafe` is denied except in `kvm.rs`, where the kernel is handed raw memory and signals.
+//! [`boot`] puts a kernel into guest memory; [`arch`] holds what differs between processors.
+//!
+//! `unsafe` is denied except in `kvm.rs`, where the kernel is handed raw memory and signals, and
+//! where `arch` reads KVM's unions and areas of variable size.
 
 #![deny(unsafe_code)]
 
-mod arch;
+pub mod arch;
+pub mod boot;
 pub mod kvm;
 pub mod probe;
