@@ -9,6 +9,7 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::layout;
 use crate::kvm::KvmError;
 
 /// Guest memory: everything below is inside of it.
@@ -32,10 +33,6 @@ const LEAF_FLAGS: u64 = 0x83;
 const BREAKPOINT_VECTOR: u64 = 3;
 const CODE_SELECTOR: u16 = 0x08;
 const DATA_SELECTOR: u16 = 0x10;
-/// Three unused pages below 4 GiB for Intel's real-mode TSS, and one before them for its page
-/// table. Real machines keep them at the same place.
-const TSS_ADDRESS: usize = 0xfffb_d000;
-const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 
 const CR0_PROTECTED: u64 = 1;
 const CR0_PAGING: u64 = 1 << 31;
@@ -103,9 +100,9 @@ pub(crate) fn build(
     memory: &GuestMemoryMmap,
 ) -> Result<ProbeGuest, KvmError> {
     // Before the first vCPU, and in this order (KVM API documentation, 4.93 and 4.36).
-    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+    vm.set_identity_map_address(layout::IDENTITY_MAP_ADDRESS)
         .map_err(KvmError::call("KVM_SET_IDENTITY_MAP_ADDR"))?;
-    vm.set_tss_address(TSS_ADDRESS)
+    vm.set_tss_address(layout::TSS_ADDRESS)
         .map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
     let vcpu = vm
         .create_vcpu(0)
