@@ -6,6 +6,8 @@
 #![deny(unsafe_code)]
 
 mod arch;
+pub mod bus;
+pub mod devices;
 pub mod interrupt;
 pub mod kvm;
 pub mod probe;
