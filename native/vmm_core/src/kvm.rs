@@ -10,12 +10,14 @@
 )]
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd};
+use std::sync::Arc;
 
 use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
-use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use virtio_core::ram::GuestRam;
+use vmm_sys_util::eventfd::EventFd;
 
 /// Tries before a machine that signals keep from being made is given up.
 const CREATE_VM_TRIES: usize = 5;
@@ -107,36 +109,73 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
 pub struct MappedVm {
     /// The machine. Fields drop in order: no slot refers to memory that is gone.
     pub vm: VmFd,
-    memory: GuestMemoryMmap,
+    ram: Arc<GuestRam>,
 }
 
 impl MappedVm {
-    /// Give `vm` the regions of `memory` as slots 0, 1, …
+    /// Give `vm` the ranges of `ram` as slots 0, 1, …
     ///
     /// # Errors
     /// `KVM_SET_USER_MEMORY_REGION` failed.
-    pub fn new(vm: VmFd, memory: GuestMemoryMmap) -> Result<Self, KvmError> {
-        for (slot, region) in (0u32..).zip(memory.iter()) {
+    pub fn new(vm: VmFd, ram: Arc<GuestRam>) -> Result<Self, KvmError> {
+        for (slot, (address, len)) in (0u32..).zip(ram.ranges()) {
             let entry = kvm_userspace_memory_region {
                 slot,
                 flags: 0,
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
+                guest_phys_addr: address,
+                memory_size: len,
+                // Ranges have their first byte.
+                userspace_addr: ram.host_address(address).unwrap_or(0) as u64,
             };
-            // SAFETY: the range is a mapping owned by `memory`, which is kept in the same value
-            // as `vm` and dropped after it. Regions do not overlap (vm-memory checks that), slots
-            // are distinct, and Rust code reaches the memory only by volatile access.
+            // SAFETY: the range is a mapping owned by `ram`, which is kept in the same value as
+            // `vm` and dropped after it. Ranges do not overlap (vm-memory checks that), slots are
+            // distinct, and Rust code reaches the memory only by raw copies and volatile access.
             unsafe { vm.set_user_memory_region(entry) }
                 .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        Ok(Self { vm, memory })
+        Ok(Self { vm, ram })
     }
 
     /// The guest's memory.
-    pub fn memory(&self) -> &GuestMemoryMmap {
-        &self.memory
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
     }
+
+    /// Have a write to `fd`, an eventfd, raise `gsi`.
+    ///
+    /// # Errors
+    /// `KVM_IRQFD` failed.
+    pub fn register_irqfd(&self, fd: impl AsFd, gsi: u32) -> Result<(), KvmError> {
+        self.vm
+            .register_irqfd(&event_fd(fd)?, gsi)
+            .map_err(KvmError::call("KVM_IRQFD"))
+    }
+
+    /// Have a guest's 32-bit write of `value` to `address` signal `fd`, an eventfd.
+    ///
+    /// # Errors
+    /// `KVM_IOEVENTFD` failed.
+    pub fn register_ioeventfd(
+        &self,
+        fd: impl AsFd,
+        address: u64,
+        value: u32,
+    ) -> Result<(), KvmError> {
+        self.vm
+            .register_ioevent(&event_fd(fd)?, &IoEventAddress::Mmio(address), value)
+            .map_err(KvmError::call("KVM_IOEVENTFD"))
+    }
+}
+
+/// A second descriptor of an eventfd in the type that kvm-ioctls wants. The kernel keeps the
+/// eventfd itself, so this one may be closed again.
+fn event_fd(fd: impl AsFd) -> Result<EventFd, KvmError> {
+    let copy = fd.as_fd().try_clone_to_owned().map_err(|error| {
+        let errno = error.raw_os_error().unwrap_or(0);
+        KvmError::call("duplicate an eventfd")(kvm_ioctls::Error::new(errno))
+    })?;
+    // SAFETY: the descriptor was just made and has no other owner.
+    Ok(unsafe { EventFd::from_raw_fd(copy.into_raw_fd()) })
 }
 
 /// Why a `KVM_RUN` ended, as far as the record of the exit tells.

@@ -13,21 +13,21 @@
 //! machine has been released, then the end is reported, once.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kvm_ioctls::Kvm;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
 use rustix::io::Errno;
-use virtio_core::ram::GuestRam;
 
 use crate::devices::console::Console;
 use crate::devices::serial::Serial;
 use crate::event::{VmEvents, VmExit};
 use crate::kvm::MappedVm;
-use crate::snapshot::{self, SnapshotError};
+use crate::snapshot;
 use crate::thread;
 use crate::vcpu::{Vcpu, VcpuEnd, Wanted};
 use crate::virtio::mmio::MmioTransport;
@@ -107,7 +107,7 @@ pub(crate) struct Resources {
     pub(crate) serial: Arc<Serial>,
     pub(crate) epoll: Arc<OwnedFd>,
     pub(crate) vm: MappedVm,
-    pub(crate) ram: Arc<GuestRam>,
+    pub(crate) kvm: Kvm,
 }
 
 /// The thread's side of a machine.
@@ -117,7 +117,6 @@ pub(crate) struct Machine {
     state: Arc<StateCell>,
     events: Arc<dyn VmEvents>,
     console: Arc<Console>,
-    memory_mib: u32,
     exit: Option<VmExit>,
 }
 
@@ -128,7 +127,6 @@ impl Machine {
         state: Arc<StateCell>,
         events: Arc<dyn VmEvents>,
         console: Arc<Console>,
-        memory_mib: u32,
     ) -> Result<Self, Errno> {
         let data = epoll::EventData::new_u64(u64::from(MAILBOX) << 32);
         epoll::add(&resources.epoll, &mailbox.wake, data, epoll::EventFlags::IN)?;
@@ -138,7 +136,6 @@ impl Machine {
             state,
             events,
             console,
-            memory_mib,
             exit: None,
         })
     }
@@ -215,7 +212,10 @@ impl Machine {
         }
         self.exit = Some(match end {
             VcpuEnd::Shutdown => VmExit::Shutdown,
-            VcpuEnd::Reset => self.console.panic_line().map_or(VmExit::Reset, VmExit::Panic),
+            VcpuEnd::Reset => self
+                .console
+                .panic_line()
+                .map_or(VmExit::Reset, VmExit::Panic),
             VcpuEnd::TripleFault(registers) => {
                 VmExit::TripleFault(format!("vCPU {index} ended in a triple fault: {registers}"))
             }
@@ -277,7 +277,7 @@ impl Machine {
 
     fn snapshot(&self, folder: &std::path::Path) -> Reply {
         let resources = self.resources.as_ref().ok_or(VmError::Gone)?;
-        snapshot::write(folder, resources, self.memory_mib).map_err(VmError::Snapshot)
+        snapshot::write(folder, resources).map_err(VmError::Snapshot)
     }
 
     /// Release everything, then tell.
@@ -323,7 +323,9 @@ impl thread::Body for Machine {
     }
 
     fn panicked(&mut self, message: &str) {
-        self.exit = Some(VmExit::Failed(format!("the I/O thread panicked: {message}")));
+        self.exit = Some(VmExit::Failed(format!(
+            "the I/O thread panicked: {message}"
+        )));
     }
 
     fn finished(&mut self) {

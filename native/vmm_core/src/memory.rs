@@ -65,7 +65,7 @@ pub enum MemoryError {
     },
     /// ranges that overlap: our own mistake
     #[error("lay out guest memory")]
-    Layout(#[source] vm_memory::mmap::FromRangesError),
+    Layout(#[source] vm_memory::GuestRegionCollectionError),
     /// a mapping that vm-memory refuses: our own mistake
     #[error("describe guest memory")]
     Region(#[source] vm_memory::mmap::MmapRegionError),
@@ -124,9 +124,8 @@ fn map(len: usize, content: &Content<'_>) -> io::Result<Mapping> {
         .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
     let reserve = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: no address is asked for, so nothing that exists is touched.
-    let start = unsafe {
-        rustix::mm::mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), reserve)
-    }?;
+    let start =
+        unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), room, ProtFlags::empty(), reserve) }?;
     let base = start.map_addr(|address| address.next_multiple_of(HUGE_PAGE));
     let before = base.addr() - start.addr();
     let after = HUGE_PAGE - before;
@@ -174,9 +173,9 @@ pub fn allocate(size_mib: u32, backing: MemoryBacking) -> Result<Arc<GuestRam>, 
     let file = match backing {
         MemoryBacking::Anonymous => None,
         MemoryBacking::Shared => Some(make_memfd(size, MemfdFlags::empty()).map_err(failed)?),
-        MemoryBacking::HugePages => Some(
-            make_memfd(size, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).map_err(failed)?,
-        ),
+        MemoryBacking::HugePages => {
+            Some(make_memfd(size, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).map_err(failed)?)
+        }
     };
     if backing == MemoryBacking::HugePages
         && let Some(file) = &file
@@ -291,7 +290,7 @@ fn describe(
         .map_err(|error| Assembly::Layout(MemoryError::Region(error)))?;
     GuestRegionMmap::new(region, address).ok_or_else(|| {
         Assembly::Layout(MemoryError::Layout(
-            vm_memory::mmap::FromRangesError::InvalidGuestRegion,
+            vm_memory::GuestRegionCollectionError::NoMemoryRegion,
         ))
     })
 }
@@ -349,7 +348,10 @@ mod tests {
                 .read_slice(&mut byte, GuestAddress((8 << 20) - 1))
                 .unwrap();
             assert_eq!(byte, [0]);
-            assert_eq!(shared_file(&ram).is_some(), backing == MemoryBacking::Shared);
+            assert_eq!(
+                shared_file(&ram).is_some(),
+                backing == MemoryBacking::Shared
+            );
         }
     }
 

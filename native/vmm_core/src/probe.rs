@@ -17,6 +17,8 @@ use std::time::Duration;
 #[cfg(target_arch = "x86_64")]
 use kvm_ioctls::{Kvm, VcpuExit};
 #[cfg(target_arch = "x86_64")]
+use virtio_core::ram::GuestRam;
+#[cfg(target_arch = "x86_64")]
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 #[cfg(target_arch = "x86_64")]
@@ -100,8 +102,8 @@ fn run_guest(kvm: &Kvm) -> Result<String, String> {
         .map_err(KvmError::Allocate)
         .map_err(text)?;
     let vm = kvm::create_vm(kvm).map_err(text)?;
-    let machine = kvm::MappedVm::new(vm, memory).map_err(text)?;
-    let mut guest = probe_guest::build(kvm, &machine.vm, machine.memory()).map_err(text)?;
+    let machine = kvm::MappedVm::new(vm, GuestRam::new(memory)).map_err(text)?;
+    let mut guest = probe_guest::build(kvm, &machine.vm, machine.ram().mappings()).map_err(text)?;
     kvm::block_signals();
     kvm::make_kickable(&guest.vcpu).map_err(text)?;
 

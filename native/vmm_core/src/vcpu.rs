@@ -141,7 +141,9 @@ impl Vcpu {
 
     /// Wait until it is parked or has ended. False: neither by `deadline`.
     pub(crate) fn wait_at_rest(&self, deadline: Instant) -> bool {
-        self.wait_until(deadline, |progress| progress.is_parked || progress.has_ended)
+        self.wait_until(deadline, |progress| {
+            progress.is_parked || progress.has_ended
+        })
     }
 
     /// Wait until its thread has ended. False: not by `deadline`.
@@ -158,7 +160,10 @@ impl Vcpu {
             let Some(rest) = deadline.checked_duration_since(Instant::now()) else {
                 return false;
             };
-            let wait = self.shared.changed.wait_timeout(progress, rest.min(KICK_AGAIN));
+            let wait = self
+                .shared
+                .changed
+                .wait_timeout(progress, rest.min(KICK_AGAIN));
             let timeout;
             (progress, timeout) = wait.unwrap_or_else(PoisonError::into_inner);
             if timeout.timed_out() {

@@ -22,9 +22,11 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::arch::{TablesError, VcpuError};
 use crate::boot::BootError;
 use crate::builder;
 use crate::devices::console::Console;
+use crate::devices::serial::SerialError;
 use crate::event::VmEvents;
 use crate::kvm::KvmError;
 use crate::machine::{Mailbox, Request, StateCell};
@@ -121,17 +123,6 @@ pub enum VmError {
     /// a vCPU does not leave the kernel
     #[error("vCPU {0} does not come to rest")]
     VcpuStuck(u8),
-    /// a file of the machine cannot be opened
-    #[error("open {role} {path}")]
-    Open {
-        /// What the file is.
-        role: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
     /// more devices than interrupt lines
     #[error("more than {max} devices: each needs an interrupt line of its own")]
     TooManyDevices {
@@ -147,9 +138,18 @@ pub enum VmError {
     /// the kernel cannot be booted
     #[error("load the kernel")]
     Boot(#[from] BootError),
-    /// a register or table of the architecture could not be set
-    #[error("set up the processor")]
-    Arch(#[from] crate::arch::ArchError),
+    /// a vCPU could not be given its registers
+    #[error("set up a vCPU")]
+    Vcpu(#[from] VcpuError),
+    /// the guest could not be told of its devices
+    #[error("write the machine's tables")]
+    Tables(#[from] TablesError),
+    /// the serial port of a snapshot cannot be
+    #[error("restore the serial port")]
+    Serial(#[from] SerialError),
+    /// the console's descriptor cannot be used
+    #[error("use the console's descriptor")]
+    Console(#[source] io::Error),
     /// a device failed
     #[error("device")]
     Device(#[source] DeviceError),
@@ -223,10 +223,16 @@ impl Vm {
             *memory.end(),
         )?;
         let length = config.command_line.len() as u64;
-        check("command line bytes", length, 0, COMMAND_LINE_BYTES as u64 - 1)?;
+        check(
+            "command line bytes",
+            length,
+            0,
+            COMMAND_LINE_BYTES as u64 - 1,
+        )?;
+        let console = Console::new(console).map_err(|errno| VmError::Console(errno.into()))?;
         Ok(Self {
             config,
-            console: Arc::new(Console::new(console)),
+            console: Arc::new(console),
             events,
             state: Arc::new(Mutex::new(VmState::Created)),
             stage: Mutex::new(Stage::Created(Vec::new())),

@@ -272,7 +272,8 @@ impl MmioTransport {
         inner.device.restore(&state.device)?;
         inner.registers = state.registers.clone();
         self.interrupt.set_status(state.interrupt_status);
-        self.interrupt.set_config_generation(state.config_generation);
+        self.interrupt
+            .set_config_generation(state.config_generation);
         if let Some(rings) = &state.rings {
             self.activate(&mut inner, Some(rings))?;
         }
@@ -401,11 +402,13 @@ impl MmioTransport {
             _ => {}
         }
         let mut inner = self.lock();
-        let Inner { registers, device, .. } = &mut *inner;
+        let Inner {
+            registers, device, ..
+        } = &mut *inner;
         let is_choosing = registers.status & status::DRIVER != 0
             && registers.status & (status::FEATURES_OK | status::FAILED) == 0;
-        let may_set_queues =
-            registers.status & status::FEATURES_OK != 0 && registers.status & status::DRIVER_OK == 0;
+        let may_set_queues = registers.status & status::FEATURES_OK != 0
+            && registers.status & status::DRIVER_OK == 0;
         match offset {
             0x014 => registers.device_features_select = value,
             0x024 => registers.driver_features_select = value,
