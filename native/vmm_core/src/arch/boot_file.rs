@@ -10,7 +10,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 /// An open file, and its name for messages.
 #[derive(Debug)]
@@ -85,7 +85,21 @@ impl BootFile {
         let mut file = &self.file;
         file.seek(SeekFrom::Start(offset))
             .map_err(GuestMemoryError::IOError)?;
-        memory.read_exact_volatile_from(address, &mut file, length)
+        // A file system may give less at a time than was asked for.
+        let mut done = 0;
+        while done < length {
+            let at = address.unchecked_add(done as u64);
+            match memory.read_volatile_from(at, &mut file, length - done)? {
+                0 => {
+                    return Err(GuestMemoryError::PartialBuffer {
+                        expected: length,
+                        completed: done,
+                    });
+                }
+                count => done += count,
+            }
+        }
+        Ok(())
     }
 }
 
