@@ -134,7 +134,11 @@ impl GuestRam {
         self.regions.iter().find_map(|region| {
             // Below the region this wraps to more than any mapping's length.
             let offset = usize::try_from(address.wrapping_sub(region.start)).ok()?;
-            let rest = region.range.len.checked_sub(offset).filter(|rest| *rest > 0)?;
+            let rest = region
+                .range
+                .len
+                .checked_sub(offset)
+                .filter(|rest| *rest > 0)?;
             Some(HostRange {
                 base: region.range.base.wrapping_add(offset),
                 len: len.min(rest),
