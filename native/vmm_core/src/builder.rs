@@ -71,7 +71,7 @@ pub(crate) fn launch(mut parts: Parts<'_>, snapshot: Option<&Path>) -> Result<Ru
         None => memory::allocate(config.memory_mib, config.memory_backing)?,
         Some(snapshot) => {
             snapshot.check(config, parts.devices.len())?;
-            memory::from_snapshot(config.memory_mib, snapshot.memory()?)?
+            memory::from_snapshot(config.memory_mib, &snapshot.memory()?)?
         }
     };
     let vm = MappedVm::new(kvm::create_vm(&kvm)?, Arc::clone(&ram))?;

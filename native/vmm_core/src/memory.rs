@@ -196,9 +196,9 @@ pub fn allocate(size_mib: u32, backing: MemoryBacking) -> Result<Arc<GuestRam>, 
 ///
 /// # Errors
 /// It has another size, or cannot be mapped.
-pub fn from_snapshot(size_mib: u32, file: OwnedFd) -> Result<Arc<GuestRam>, MemoryError> {
+pub fn from_snapshot(size_mib: u32, file: &OwnedFd) -> Result<Arc<GuestRam>, MemoryError> {
     let expected = u64::from(size_mib) * MIB;
-    let stat = rustix::fs::fstat(&file).map_err(|errno| MemoryError::File {
+    let stat = rustix::fs::fstat(file).map_err(|errno| MemoryError::File {
         operation: "examine",
         source: errno.into(),
     })?;
@@ -207,7 +207,7 @@ pub fn from_snapshot(size_mib: u32, file: OwnedFd) -> Result<Arc<GuestRam>, Memo
     if actual != expected {
         return Err(MemoryError::FileSize { expected, actual });
     }
-    assemble(expected, Some((&file, MapFlags::PRIVATE))).map_err(|error| match error {
+    assemble(expected, Some((file, MapFlags::PRIVATE))).map_err(|error| match error {
         Assembly::Map(source) => MemoryError::File {
             operation: "map",
             source,
@@ -361,7 +361,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         write_snapshot(&ram, &file).unwrap();
 
-        let again = from_snapshot(4, file.try_clone().unwrap().into()).unwrap();
+        let again = from_snapshot(4, &file.try_clone().unwrap().into()).unwrap();
         let mut bytes = [0; 4];
         again.mappings().read_slice(&mut bytes, at).unwrap();
         assert_eq!(&bytes, b"kept");
@@ -374,7 +374,7 @@ mod tests {
     fn a_file_of_another_size_is_refused() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(100).unwrap();
-        let error = from_snapshot(4, file.into()).unwrap_err();
+        let error = from_snapshot(4, &file.into()).unwrap_err();
         assert!(matches!(error, MemoryError::FileSize { actual: 100, .. }));
     }
 

@@ -297,7 +297,8 @@ fn features_and_queues_are_settled_when_their_time_is_over() {
 #[test]
 fn a_queue_that_is_none_makes_the_device_ask_for_a_reset() {
     let bench = Bench::new();
-    let broken: [(&str, fn(&Bench)); 4] = [
+    type Damage = fn(&Bench);
+    let broken: [(&str, Damage); 4] = [
         ("not ready", |_| ()),
         ("misaligned", |bench| {
             bench.write(0x80, 0x1001);
