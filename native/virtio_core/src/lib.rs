@@ -12,8 +12,10 @@
 
 #![deny(unsafe_code)]
 
+mod area;
 pub mod buffers;
 pub mod chain;
+mod host_range;
 mod index;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;

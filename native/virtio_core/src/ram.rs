@@ -5,34 +5,15 @@
 //! keeps the host addresses they hold valid. Memory added later makes a new `GuestRam` that
 //! shares the old mappings; rings are given it by `Ring::set_memory`.
 
-#![expect(
-    unsafe_code,
-    reason = "host addresses are handed to those who move bytes"
-)]
+#![expect(unsafe_code, reason = "guest memory is copied out")]
 
 use std::any::Any;
 use std::fmt;
-use std::ptr;
 use std::sync::Arc;
 
 use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
-/// A range of host memory that the guest can write at any time.
-///
-/// Only made by [`GuestRam`], for ranges inside of its mappings: whoever holds one also holds the
-/// `Arc<GuestRam>` it came from.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct HostRange {
-    /// First byte, in this process.
-    pub(crate) base: *mut u8,
-    /// Bytes.
-    pub(crate) len: usize,
-}
-
-// SAFETY: a pair of numbers; access through it is unsafe and argued where it happens.
-unsafe impl Send for HostRange {}
-// SAFETY: as above.
-unsafe impl Sync for HostRange {}
+use crate::host_range::HostRange;
 
 #[derive(Clone, Copy, Debug)]
 struct Region {
@@ -57,7 +38,8 @@ impl fmt::Debug for GuestRam {
 }
 
 impl GuestRam {
-    /// Take over mappings that unmap themselves.
+    /// Take over mappings that unmap themselves. Those that this process may not both read and
+    /// write are kept, but are no memory to devices: an access to them would be a fault.
     pub fn new(mappings: GuestMemoryMmap) -> Arc<Self> {
         Self::make(mappings, None)
     }
@@ -68,8 +50,10 @@ impl GuestRam {
     }
 
     fn make(mappings: GuestMemoryMmap, owner: Option<Box<dyn Any + Send + Sync>>) -> Arc<Self> {
+        const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
         let regions = mappings
             .iter()
+            .filter(|region| region.prot() & PROTECTION == PROTECTION)
             .map(|region| Region {
                 start: region.start_addr().raw_value(),
                 range: HostRange {
@@ -91,7 +75,7 @@ impl GuestRam {
         &self.mappings
     }
 
-    /// Bytes in all.
+    /// Bytes that devices can reach.
     pub fn size(&self) -> u64 {
         self.regions
             .iter()
@@ -116,35 +100,25 @@ impl GuestRam {
         let Some(range) = self.prefix(address, target.len()) else {
             return 0;
         };
-        // SAFETY: the range lies in a mapping of ours and is no longer than the target; no Rust
-        // object lives in guest memory, so they do not overlap. Plain bytes, read once.
-        unsafe {
-            ptr::copy_nonoverlapping(range.base.cast_const(), target.as_mut_ptr(), range.len);
-        };
+        // SAFETY: `self` is the memory the range came from, and the target is a Rust slice, which
+        // no guest memory is, of at least this length.
+        unsafe { range.copy_to(target.as_mut_ptr()) };
         range.len
     }
 
     /// The host's range for as much of `len` bytes at guest `address` as one mapping holds: at
-    /// least one byte, `None` if no mapping has `address`.
+    /// least one byte if `len` is not 0, `None` if no mapping has `address`.
+    #[inline]
     pub(crate) fn prefix(&self, address: u64, len: usize) -> Option<HostRange> {
-        for region in &self.regions {
-            let Some(offset) = address.checked_sub(region.start) else {
-                continue;
-            };
-            let Ok(offset) = usize::try_from(offset) else {
-                continue;
-            };
-            if offset < region.range.len {
-                return Some(HostRange {
-                    base: region.range.base.wrapping_add(offset),
-                    len: len.min(region.range.len - offset),
-                });
-            }
-        }
-        None
+        self.regions.iter().find_map(|region| {
+            // Below the region this wraps to more than any mapping's length.
+            let offset = usize::try_from(address.wrapping_sub(region.start)).ok()?;
+            region.range.part(offset, len)
+        })
     }
 
     /// The host's range for exactly `len` bytes at guest `address`, if one mapping holds them.
+    #[inline]
     pub(crate) fn contiguous(&self, address: u64, len: usize) -> Option<HostRange> {
         self.prefix(address, len).filter(|range| range.len == len)
     }
@@ -152,7 +126,8 @@ impl GuestRam {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestAddress;
+    use vm_memory::mmap::MmapRegionBuilder;
+    use vm_memory::{GuestAddress, GuestRegionMmap};
 
     use super::*;
 
@@ -181,5 +156,16 @@ mod tests {
         }
         assert!(ram.contiguous(0x1fff, 2).is_none());
         assert!(ram.contiguous(0x1_0000_0fff, 1).is_some());
+    }
+
+    #[test]
+    fn what_may_not_be_written_is_no_memory_to_devices() {
+        let mapping = MmapRegionBuilder::new(0x1000)
+            .with_mmap_prot(libc::PROT_READ)
+            .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE);
+        let region = GuestRegionMmap::new(mapping.build().unwrap(), GuestAddress(0)).unwrap();
+        let ram = GuestRam::new(GuestMemoryMmap::from_regions(vec![region]).unwrap());
+        assert!(ram.prefix(0, 1).is_none());
+        assert_eq!((ram.size(), ram.mappings().num_regions()), (0, 1));
     }
 }
