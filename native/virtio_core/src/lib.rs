@@ -15,6 +15,7 @@
 mod area;
 pub mod buffers;
 pub mod chain;
+mod host_range;
 mod index;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;

@@ -5,34 +5,15 @@
 //! keeps the host addresses they hold valid. Memory added later makes a new `GuestRam` that
 //! shares the old mappings; rings are given it by `Ring::set_memory`.
 
-#![expect(
-    unsafe_code,
-    reason = "host addresses are handed to those who move bytes"
-)]
+#![expect(unsafe_code, reason = "guest memory is copied out")]
 
 use std::any::Any;
 use std::fmt;
-use std::ptr;
 use std::sync::Arc;
 
 use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
-/// A range of host memory that the guest can write at any time.
-///
-/// Only made by [`GuestRam`], for ranges inside of its mappings: whoever holds one also holds the
-/// `Arc<GuestRam>` it came from.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct HostRange {
-    /// First byte, in this process.
-    pub(crate) base: *mut u8,
-    /// Bytes.
-    pub(crate) len: usize,
-}
-
-// SAFETY: a pair of numbers; access through it is unsafe and argued where it happens.
-unsafe impl Send for HostRange {}
-// SAFETY: as above.
-unsafe impl Sync for HostRange {}
+use crate::host_range::HostRange;
 
 #[derive(Clone, Copy, Debug)]
 struct Region {
@@ -119,11 +100,9 @@ impl GuestRam {
         let Some(range) = self.prefix(address, target.len()) else {
             return 0;
         };
-        // SAFETY: the range lies in a mapping of ours and is no longer than the target; no Rust
-        // object lives in guest memory, so they do not overlap. Plain bytes, read once.
-        unsafe {
-            ptr::copy_nonoverlapping(range.base.cast_const(), target.as_mut_ptr(), range.len);
-        };
+        // SAFETY: `self` is the memory the range came from, and the target is a Rust slice, which
+        // no guest memory is, of at least this length.
+        unsafe { range.copy_to(target.as_mut_ptr()) };
         range.len
     }
 
@@ -134,15 +113,7 @@ impl GuestRam {
         self.regions.iter().find_map(|region| {
             // Below the region this wraps to more than any mapping's length.
             let offset = usize::try_from(address.wrapping_sub(region.start)).ok()?;
-            let rest = region
-                .range
-                .len
-                .checked_sub(offset)
-                .filter(|rest| *rest > 0)?;
-            Some(HostRange {
-                base: region.range.base.wrapping_add(offset),
-                len: len.min(rest),
-            })
+            region.range.part(offset, len)
         })
     }
 
