@@ -112,16 +112,28 @@ impl GuestBuffers {
     #[must_use]
     pub fn range(&self, offset: usize, len: usize) -> Self {
         let mut part = Self::new(Arc::clone(&self.ram));
-        self.for_each(offset, len, |range| {
-            part.ranges.push(range);
-            part.len += range.len;
-        });
+        part.append_range(self, offset, len);
         part
     }
 
-    /// Append the memory of `other`, which is of the same guest.
+    /// Append `len` bytes of `other` from `offset` on; fewer if it ends before.
+    ///
+    /// # Panics
+    /// `other` is of another guest.
+    pub fn append_range(&mut self, other: &Self, offset: usize, len: usize) {
+        // What keeps the mappings under `ranges` is `self.ram`.
+        assert!(Arc::ptr_eq(&self.ram, &other.ram), "one guest's memory");
+        let ranges = &mut self.ranges;
+        self.len += other.for_each(offset, len, |range| ranges.push(range));
+    }
+
+    /// Append the memory of `other`.
+    ///
+    /// # Panics
+    /// `other` is of another guest.
     pub fn append(&mut self, mut other: Self) {
-        debug_assert!(Arc::ptr_eq(&self.ram, &other.ram), "one guest's memory");
+        // What keeps the mappings under `ranges` is `self.ram`.
+        assert!(Arc::ptr_eq(&self.ram, &other.ram), "one guest's memory");
         self.len += other.len;
         self.ranges.append(&mut other.ranges);
     }

@@ -242,33 +242,16 @@ impl Ring {
 
     /// Take the next request into `chain`. False: there is none for now.
     ///
-    /// Chains that break a rule are given back at once, with length 0, and counted.
+    /// Chains that break a rule are given back at once, with length 0, and counted; after a ring's
+    /// worth of them this gives up for now, and [`Ring::enable_kicks`] tells whether more came.
     ///
     /// # Errors
     /// The driver's indices make no sense: give the ring up.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        loop {
-            let next = self.state.next_available;
-            let to = self.available_index();
-            let size = self.state.size;
-            match index::pending(to, next, size) {
-                Some(0) => return Ok(false),
-                Some(_) => {}
-                None => {
-                    return Err(RingError::AvailableIndex {
-                        from: next,
-                        to,
-                        size,
-                    });
-                }
-            }
-            let slot = usize::from(index::slot(next, size));
-            let entry = Self::field(&self.available, RING_HEADER_SIZE + slot * 2);
-            let head = u16::from_le(entry.load(Ordering::Relaxed));
-            if head >= size {
-                return Err(RingError::Head { head, size });
-            }
-            self.state.next_available = next.wrapping_add(1);
+        for _ in 0..self.state.size {
+            let Some(head) = self.next_head()? else {
+                return Ok(false);
+            };
             chain.reset(&self.ram, head);
             match self.gather(head, chain) {
                 Ok(()) => return Ok(true),
@@ -279,6 +262,51 @@ impl Ring {
                 }
             }
         }
+        Ok(false)
+    }
+
+    /// As [`Ring::pop`], while requests are held that may yet go back by [`Ring::unpop`]. False
+    /// also if the next chain breaks a rule: it waits for a `pop`, since those held have to stay
+    /// the last ones taken.
+    ///
+    /// # Errors
+    /// As [`Ring::pop`].
+    pub fn pop_another(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        let Some(head) = self.next_head()? else {
+            return Ok(false);
+        };
+        chain.reset(&self.ram, head);
+        let is_sound = self.gather(head, chain).is_ok();
+        if !is_sound {
+            self.unpop(1);
+        }
+        Ok(is_sound)
+    }
+
+    /// Take an entry off the available ring.
+    fn next_head(&mut self) -> Result<Option<u16>, RingError> {
+        let next = self.state.next_available;
+        let to = self.available_index();
+        let size = self.state.size;
+        match index::pending(to, next, size) {
+            Some(0) => return Ok(None),
+            Some(_) => {}
+            None => {
+                return Err(RingError::AvailableIndex {
+                    from: next,
+                    to,
+                    size,
+                });
+            }
+        }
+        let slot = usize::from(index::slot(next, size));
+        let entry = Self::field(&self.available, RING_HEADER_SIZE + slot * 2);
+        let head = u16::from_le(entry.load(Ordering::Relaxed));
+        if head >= size {
+            return Err(RingError::Head { head, size });
+        }
+        self.state.next_available = next.wrapping_add(1);
+        Ok(Some(head))
     }
 
     /// Follow a chain from its head, copying and checking each descriptor once.
