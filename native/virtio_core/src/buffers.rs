@@ -141,6 +141,18 @@ impl GuestBuffers {
         }
     }
 
+    /// Append `len` bytes of `other` from `offset` on; fewer if it ends before.
+    pub fn append_range(&mut self, other: &Self, offset: usize, len: usize) {
+        if !Arc::ptr_eq(&self.ram, &other.ram) {
+            self.also.push(Arc::clone(&other.ram));
+        }
+        self.also.extend(other.also.iter().cloned());
+        for piece in other.pieces(offset, len) {
+            self.len += piece.len;
+            self.ranges.push(piece);
+        }
+    }
+
     /// Append the memory of `other`.
     pub fn append(&mut self, mut other: Self) {
         if !other.ranges.is_empty() && !Arc::ptr_eq(&self.ram, &other.ram) {
