@@ -14,6 +14,7 @@
 
 pub mod buffers;
 pub mod chain;
+pub mod discard;
 mod index;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;

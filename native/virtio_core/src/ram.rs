@@ -17,6 +17,8 @@ use std::sync::Arc;
 
 use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
+use crate::discard::{Backing, DiscardError, PAGE_SIZE};
+
 /// A range of host memory that the guest can write at any time.
 ///
 /// Only made by [`GuestRam`], for ranges inside of its mappings: whoever holds one also holds the
@@ -29,15 +31,26 @@ pub(crate) struct HostRange {
     pub(crate) len: usize,
 }
 
+impl HostRange {
+    /// `len` bytes from `offset` on, which is inside; fewer if the range ends before.
+    fn part(self, offset: usize, len: usize) -> Self {
+        Self {
+            base: self.base.wrapping_add(offset),
+            len: len.min(self.len.saturating_sub(offset)),
+        }
+    }
+}
+
 // SAFETY: a pair of numbers; access through it is unsafe and argued where it happens.
 unsafe impl Send for HostRange {}
 // SAFETY: as above.
 unsafe impl Sync for HostRange {}
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Region {
     start: u64,
     range: HostRange,
+    backing: Backing,
 }
 
 /// The guest's memory: mappings, and where they are.
@@ -77,6 +90,7 @@ impl GuestRam {
                     // The length of a mapping in this process.
                     len: usize::try_from(region.len()).unwrap_or(0),
                 },
+                backing: Backing::of(region),
             })
             .collect();
         Arc::new(Self {
@@ -124,29 +138,60 @@ impl GuestRam {
         range.len
     }
 
+    /// The region that has `address`, and how far into it that is.
+    fn find(&self, address: u64) -> Option<(&Region, usize)> {
+        self.regions.iter().find_map(|region| {
+            let offset = address.checked_sub(region.start)?;
+            let offset = usize::try_from(offset).ok()?;
+            (offset < region.range.len).then_some((region, offset))
+        })
+    }
+
     /// The host's range for as much of `len` bytes at guest `address` as one mapping holds: at
     /// least one byte, `None` if no mapping has `address`.
     pub(crate) fn prefix(&self, address: u64, len: usize) -> Option<HostRange> {
-        for region in &self.regions {
-            let Some(offset) = address.checked_sub(region.start) else {
-                continue;
-            };
-            let Ok(offset) = usize::try_from(offset) else {
-                continue;
-            };
-            if offset < region.range.len {
-                return Some(HostRange {
-                    base: region.range.base.wrapping_add(offset),
-                    len: len.min(region.range.len - offset),
-                });
-            }
-        }
-        None
+        let (region, offset) = self.find(address)?;
+        Some(region.range.part(offset, len))
     }
 
     /// The host's range for exactly `len` bytes at guest `address`, if one mapping holds them.
     pub(crate) fn contiguous(&self, address: u64, len: usize) -> Option<HostRange> {
         self.prefix(address, len).filter(|range| range.len == len)
+    }
+
+    /// Give whole pages back to the host. The guest finds zeros there, or what a file under a
+    /// private mapping has.
+    ///
+    /// # Errors
+    /// These are no whole pages of memory, or the host refused some of them; others may be gone.
+    pub fn discard(&self, address: u64, len: u64) -> Result<(), DiscardError> {
+        if !(address | len).is_multiple_of(PAGE_SIZE) {
+            return Err(DiscardError::Alignment { address, len });
+        }
+        let not_memory = || DiscardError::NotMemory { address, len };
+        let mut done = 0;
+        while done < len {
+            let at = address.checked_add(done).ok_or_else(not_memory)?;
+            let (region, offset) = self.find(at).ok_or_else(not_memory)?;
+            let rest = usize::try_from(len - done).unwrap_or(usize::MAX);
+            let range = region.range.part(offset, rest);
+            let discarded = region.backing.discard(range, offset as u64);
+            discarded.map_err(|source| DiscardError::System {
+                address: at,
+                len: range.len as u64,
+                source,
+            })?;
+            done += range.len as u64;
+        }
+        Ok(())
+    }
+
+    /// The guest's address of a range that was made from this memory.
+    pub(crate) fn guest_address(&self, range: &HostRange) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = range.base.addr().checked_sub(region.range.base.addr())?;
+            (offset < region.range.len).then_some(region.start + offset as u64)
+        })
     }
 }
 
@@ -181,5 +226,28 @@ mod tests {
         }
         assert!(ram.contiguous(0x1fff, 2).is_none());
         assert!(ram.contiguous(0x1_0000_0fff, 1).is_some());
+    }
+
+    #[test]
+    fn what_are_no_whole_pages_of_memory_is_not_discarded() {
+        let ram = ram();
+        for (address, len) in [(1, PAGE_SIZE), (0, 1), (0x800, 0x800)] {
+            let error = ram.discard(address, len).unwrap_err();
+            assert!(matches!(error, DiscardError::Alignment { .. }), "{error}");
+        }
+        let last = u64::MAX - 0xfff;
+        for (address, len) in [
+            (0x3000, PAGE_SIZE),
+            (0x2000, 2 * PAGE_SIZE),
+            (last, PAGE_SIZE),
+            (last, 2 * PAGE_SIZE),
+            (0x1_0000_0000, last),
+        ] {
+            let error = ram.discard(address, len).unwrap_err();
+            assert!(matches!(error, DiscardError::NotMemory { .. }), "{error}");
+        }
+        // Over the seam of two mappings, and nothing at all.
+        ram.discard(0x1000, 2 * PAGE_SIZE).unwrap();
+        ram.discard(0x9000, 0).unwrap();
     }
 }
