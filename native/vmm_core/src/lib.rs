@@ -33,5 +33,6 @@ mod seccomp;
 mod snapshot;
 mod thread;
 mod vcpu;
+pub mod rate_limiter;
 pub mod virtio;
 pub mod vm;

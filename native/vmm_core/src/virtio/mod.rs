@@ -11,3 +11,4 @@ pub mod mmio;
 pub mod mock;
 mod saved;
 mod turn;
+pub mod throttle;
