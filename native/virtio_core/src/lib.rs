@@ -12,6 +12,7 @@
 
 #![deny(unsafe_code)]
 
+mod area;
 pub mod buffers;
 pub mod chain;
 pub mod discard;

@@ -70,7 +70,8 @@ impl fmt::Debug for GuestRam {
 }
 
 impl GuestRam {
-    /// Take over mappings that unmap themselves.
+    /// Take over mappings that unmap themselves. Those that this process may not both read and
+    /// write are kept, but are no memory to devices: an access to them would be a fault.
     pub fn new(mappings: GuestMemoryMmap) -> Arc<Self> {
         Self::make(mappings, None)
     }
@@ -81,8 +82,10 @@ impl GuestRam {
     }
 
     fn make(mappings: GuestMemoryMmap, owner: Option<Box<dyn Any + Send + Sync>>) -> Arc<Self> {
+        const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
         let regions = mappings
             .iter()
+            .filter(|region| region.prot() & PROTECTION == PROTECTION)
             .map(|region| Region {
                 start: region.start_addr().raw_value(),
                 range: HostRange {
@@ -105,7 +108,7 @@ impl GuestRam {
         &self.mappings
     }
 
-    /// Bytes in all.
+    /// Bytes that devices can reach.
     pub fn size(&self) -> u64 {
         self.regions
             .iter()
@@ -139,22 +142,25 @@ impl GuestRam {
     }
 
     /// The region that has `address`, and how far into it that is.
+    #[inline]
     fn find(&self, address: u64) -> Option<(&Region, usize)> {
         self.regions.iter().find_map(|region| {
-            let offset = address.checked_sub(region.start)?;
-            let offset = usize::try_from(offset).ok()?;
+            // Below the region this wraps to more than any mapping's length.
+            let offset = usize::try_from(address.wrapping_sub(region.start)).ok()?;
             (offset < region.range.len).then_some((region, offset))
         })
     }
 
     /// The host's range for as much of `len` bytes at guest `address` as one mapping holds: at
-    /// least one byte, `None` if no mapping has `address`.
+    /// least one byte if `len` is not 0, `None` if no mapping has `address`.
+    #[inline]
     pub(crate) fn prefix(&self, address: u64, len: usize) -> Option<HostRange> {
         let (region, offset) = self.find(address)?;
         Some(region.range.part(offset, len))
     }
 
     /// The host's range for exactly `len` bytes at guest `address`, if one mapping holds them.
+    #[inline]
     pub(crate) fn contiguous(&self, address: u64, len: usize) -> Option<HostRange> {
         self.prefix(address, len).filter(|range| range.len == len)
     }
@@ -197,7 +203,8 @@ impl GuestRam {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestAddress;
+    use vm_memory::mmap::MmapRegionBuilder;
+    use vm_memory::{GuestAddress, GuestRegionMmap};
 
     use super::*;
 
@@ -249,5 +256,16 @@ mod tests {
         // Over the seam of two mappings, and nothing at all.
         ram.discard(0x1000, 2 * PAGE_SIZE).unwrap();
         ram.discard(0x9000, 0).unwrap();
+    }
+
+    #[test]
+    fn what_may_not_be_written_is_no_memory_to_devices() {
+        let mapping = MmapRegionBuilder::new(0x1000)
+            .with_mmap_prot(libc::PROT_READ)
+            .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE);
+        let region = GuestRegionMmap::new(mapping.build().unwrap(), GuestAddress(0)).unwrap();
+        let ram = GuestRam::new(GuestMemoryMmap::from_regions(vec![region]).unwrap());
+        assert!(ram.prefix(0, 1).is_none());
+        assert_eq!((ram.size(), ram.mappings().num_regions()), (0, 1));
     }
 }
