@@ -237,6 +237,14 @@ impl GuestBuffers {
         (self.copy_to(offset, &mut bytes) == N).then_some(bytes)
     }
 
+    /// Guest address and length of each range, as the driver named them where no mapping ended.
+    pub fn guest_ranges(&self) -> impl Iterator<Item = (u64, usize)> {
+        let address = |range: &HostRange| self.ram.guest_address(range);
+        self.ranges
+            .iter()
+            .filter_map(move |range| Some((address(range)?, range.len)))
+    }
+
     /// The first ranges of `len` bytes from `offset` on, for one system call.
     pub fn iovecs(&self, offset: usize, len: usize) -> Iovecs<'_> {
         let empty = libc::iovec {

@@ -16,6 +16,7 @@
 mod area;
 pub mod buffers;
 pub mod chain;
+pub mod discard;
 mod host_range;
 mod index;
 #[cfg(any(test, feature = "mock"))]

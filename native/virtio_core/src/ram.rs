@@ -13,12 +13,14 @@ use std::sync::Arc;
 
 use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
+use crate::discard::{Backing, DiscardError, PAGE_SIZE};
 use crate::host_range::HostRange;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Region {
     start: u64,
     range: HostRange,
+    backing: Backing,
 }
 
 /// The guest's memory: mappings, and where they are.
@@ -61,6 +63,7 @@ impl GuestRam {
                     // The length of a mapping in this process.
                     len: usize::try_from(region.len()).unwrap_or(0),
                 },
+                backing: Backing::of(region),
             })
             .collect();
         Arc::new(Self {
@@ -106,21 +109,63 @@ impl GuestRam {
         range.len
     }
 
+    /// The region that has `address`, and how far into it that is.
+    #[inline]
+    fn find(&self, address: u64) -> Option<(&Region, usize)> {
+        self.regions.iter().find_map(|region| {
+            // Below the region this wraps to more than any mapping's length.
+            let offset = usize::try_from(address.wrapping_sub(region.start)).ok()?;
+            (offset < region.range.len).then_some((region, offset))
+        })
+    }
+
     /// The host's range for as much of `len` bytes at guest `address` as one mapping holds: at
     /// least one byte if `len` is not 0, `None` if no mapping has `address`.
     #[inline]
     pub(crate) fn prefix(&self, address: u64, len: usize) -> Option<HostRange> {
-        self.regions.iter().find_map(|region| {
-            // Below the region this wraps to more than any mapping's length.
-            let offset = usize::try_from(address.wrapping_sub(region.start)).ok()?;
-            region.range.part(offset, len)
-        })
+        let (region, offset) = self.find(address)?;
+        region.range.part(offset, len)
     }
 
     /// The host's range for exactly `len` bytes at guest `address`, if one mapping holds them.
     #[inline]
     pub(crate) fn contiguous(&self, address: u64, len: usize) -> Option<HostRange> {
         self.prefix(address, len).filter(|range| range.len == len)
+    }
+
+    /// Give whole pages back to the host. The guest finds zeros there, or what a file under a
+    /// private mapping has.
+    ///
+    /// # Errors
+    /// These are no whole pages of memory, or the host refused some of them; others may be gone.
+    pub fn discard(&self, address: u64, len: u64) -> Result<(), DiscardError> {
+        if !(address | len).is_multiple_of(PAGE_SIZE) {
+            return Err(DiscardError::Alignment { address, len });
+        }
+        let not_memory = || DiscardError::NotMemory { address, len };
+        let mut done = 0;
+        while done < len {
+            let at = address.checked_add(done).ok_or_else(not_memory)?;
+            let (region, offset) = self.find(at).ok_or_else(not_memory)?;
+            let rest = usize::try_from(len - done).unwrap_or(usize::MAX);
+            let range = region.range.part(offset, rest).ok_or_else(not_memory)?;
+            let discarded = region.backing.discard(range, offset as u64);
+            discarded.map_err(|source| DiscardError::System {
+                address: at,
+                len: range.len as u64,
+                source,
+            })?;
+            done += range.len as u64;
+        }
+        Ok(())
+    }
+
+    /// The guest's address of a range that was made from this memory.
+    pub(crate) fn guest_address(&self, range: &HostRange) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = range.base.addr().checked_sub(region.range.base.addr())?;
+            (offset < region.range.len).then_some(region.start + offset as u64)
+        })
     }
 }
 
@@ -156,6 +201,29 @@ mod tests {
         }
         assert!(ram.contiguous(0x1fff, 2).is_none());
         assert!(ram.contiguous(0x1_0000_0fff, 1).is_some());
+    }
+
+    #[test]
+    fn what_are_no_whole_pages_of_memory_is_not_discarded() {
+        let ram = ram();
+        for (address, len) in [(1, PAGE_SIZE), (0, 1), (0x800, 0x800)] {
+            let error = ram.discard(address, len).unwrap_err();
+            assert!(matches!(error, DiscardError::Alignment { .. }), "{error}");
+        }
+        let last = u64::MAX - 0xfff;
+        for (address, len) in [
+            (0x3000, PAGE_SIZE),
+            (0x2000, 2 * PAGE_SIZE),
+            (last, PAGE_SIZE),
+            (last, 2 * PAGE_SIZE),
+            (0x1_0000_0000, last),
+        ] {
+            let error = ram.discard(address, len).unwrap_err();
+            assert!(matches!(error, DiscardError::NotMemory { .. }), "{error}");
+        }
+        // Over the seam of two mappings, and nothing at all.
+        ram.discard(0x1000, 2 * PAGE_SIZE).unwrap();
+        ram.discard(0x9000, 0).unwrap();
     }
 
     #[test]
