@@ -9,4 +9,5 @@ mod arch;
 pub mod interrupt;
 pub mod kvm;
 pub mod probe;
+pub mod rate_limiter;
 pub mod virtio;
