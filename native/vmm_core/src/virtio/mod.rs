@@ -13,4 +13,3 @@ pub mod rng;
 mod saved;
 pub mod throttle;
 mod turn;
-pub mod throttle;
