@@ -5,3 +5,4 @@
 //! `state.rs` (what a snapshot keeps), and files of its own for what is its own.
 
 pub mod device;
+pub mod fs;
