@@ -13,3 +13,4 @@ pub mod rng;
 mod saved;
 pub mod throttle;
 mod turn;
+pub mod fs;
