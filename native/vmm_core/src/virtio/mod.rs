@@ -6,6 +6,7 @@
 
 pub mod balloon;
 pub mod device;
+pub mod fs;
 pub mod mmio;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
@@ -13,4 +14,3 @@ pub mod rng;
 mod saved;
 pub mod throttle;
 mod turn;
-pub mod fs;
