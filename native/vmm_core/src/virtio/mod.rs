@@ -4,5 +4,6 @@
 //! has a folder with the same file names: `device.rs` (the device), `metrics.rs` (its counters),
 //! `state.rs` (what a snapshot keeps), and files of its own for what is its own.
 
+pub mod block;
 pub mod device;
 pub mod throttle;
