@@ -12,6 +12,7 @@
 #![deny(unsafe_code)]
 
 pub mod arch;
+#[cfg(target_arch = "x86_64")]
 pub mod boot;
 pub mod kvm;
 pub mod probe;
