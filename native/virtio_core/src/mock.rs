@@ -71,10 +71,7 @@ pub struct MockDriver {
     state: RingState,
     next_descriptor: u16,
     available_index: u16,
-<<<<<<< HEAD
-=======
     /// `available_index` when it was last asked whether to kick.
->>>>>>> ring
     kicked_index: u16,
     last_used: u16,
 }
