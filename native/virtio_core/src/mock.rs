@@ -280,21 +280,6 @@ impl MockDriver {
         self.u16_at(self.state.used) & 1 != 0
     }
 
-    /// Whether the device wants to hear of what was added since this was asked last.
-    pub fn needs_kick(&mut self, has_event_idx: bool) -> bool {
-        let (new, old) = (self.available_index, self.kicked_index);
-        self.kicked_index = new;
-        // The index has to be visible before the device's wish is read, as in the device.
-        fence(Ordering::SeqCst);
-        if new == old {
-            false
-        } else if has_event_idx {
-            index::has_passed(self.available_event(), new, old)
-        } else {
-            !self.is_kick_unwanted()
-        }
-    }
-
     /// What the device has given back since the last time.
     pub fn take_used(&mut self) -> Vec<UsedElement> {
         let index = self.u16_at(self.state.used + 2);
