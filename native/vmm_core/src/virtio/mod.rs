@@ -14,5 +14,6 @@ pub mod mock;
 pub mod rng;
 mod saved;
 pub mod throttle;
+mod timer;
 mod turn;
 pub mod vsock;
