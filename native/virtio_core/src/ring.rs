@@ -431,3 +431,11 @@ impl Ring {
 #[cfg(test)]
 #[path = "ring_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "ring_model_tests.rs"]
+mod model_tests;
+
+#[cfg(test)]
+#[path = "ring_race_tests.rs"]
+mod race_tests;
