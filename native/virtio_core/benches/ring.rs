@@ -81,10 +81,7 @@ fn header(index: u16) -> Vec<u8> {
 }
 
 fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> u128 {
-    u128::from(address)
-        | u128::from(len) << 64
-        | u128::from(flags) << 96
-        | u128::from(next) << 112
+    u128::from(address) | u128::from(len) << 64 | u128::from(flags) << 96 | u128::from(next) << 112
 }
 
 /// The memory of `benchmarks/bench_packet_reference.py`, or the same with indirect tables.

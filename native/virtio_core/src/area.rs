@@ -144,7 +144,9 @@ mod tests {
         let driver = MockDriver::new(&ram, 0, 1);
         for offset in 0..16 {
             let address = 0x100 + offset;
-            let Descriptor { len, flags, next, .. } = EXPECTED;
+            let Descriptor {
+                len, flags, next, ..
+            } = EXPECTED;
             let mut bytes = EXPECTED.address.to_le_bytes().to_vec();
             bytes.extend(len.to_le_bytes());
             bytes.extend(flags.to_le_bytes());

@@ -273,6 +273,24 @@ impl Ring {
         Ok(false)
     }
 
+    /// As [`Ring::pop`], while requests are held that may yet go back by [`Ring::unpop`]. False
+    /// also if the next chain breaks a rule: it waits for a `pop`, since those held have to stay
+    /// the last ones taken.
+    ///
+    /// # Errors
+    /// As [`Ring::pop`].
+    pub fn pop_another(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        let Some(head) = self.next_head()? else {
+            return Ok(false);
+        };
+        chain.reset(&self.ram, head);
+        let is_sound = self.gather(head, chain).is_ok();
+        if !is_sound {
+            self.unpop(1);
+        }
+        Ok(is_sound)
+    }
+
     /// Give a malformed chain back. Bounded, or a driver could hold the device's thread here by
     /// adding them as fast as they are refused.
     #[cold]
@@ -355,12 +373,31 @@ impl Ring {
     /// to be told is asked once per batch, by [`Ring::needs_signal`].
     #[inline]
     pub fn complete(&mut self, head: u16, len: u32) {
+        self.put_used(head, len);
+        self.publish_used();
+    }
+
+    /// Give several requests back at once: the driver sees all of them or none, as it has to where
+    /// the first says how many belong together.
+    pub fn complete_all(&mut self, requests: impl IntoIterator<Item = (u16, u32)>) {
+        for (head, len) in requests {
+            self.put_used(head, len);
+        }
+        self.publish_used();
+    }
+
+    #[inline]
+    fn put_used(&mut self, head: u16, len: u32) {
         let slot = usize::from(index::slot(self.state.next_used, self.state.size));
         let entry = RING_HEADER_SIZE + slot * USED_ENTRY_SIZE;
         self.used.store_u32(entry, u32::from(head));
         self.used.store_u32(entry + 4, len);
         self.state.next_used = self.state.next_used.wrapping_add(1);
         self.unsignalled = self.unsignalled.saturating_add(1);
+    }
+
+    #[inline]
+    fn publish_used(&mut self) {
         // Release: the driver that sees the index sees the entry, and the data before it.
         self.used
             .store(INDEX_OFFSET, self.state.next_used, Ordering::Release);

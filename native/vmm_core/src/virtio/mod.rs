@@ -9,6 +9,7 @@ pub mod device;
 pub mod mmio;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
+pub mod net;
 pub mod rng;
 mod saved;
 pub mod throttle;
