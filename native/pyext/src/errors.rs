@@ -7,6 +7,8 @@ use std::io;
 
 use pyo3::PyErr;
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use virtio_core::vsock::hybrid::HybridError;
+use virtio_core::vsock::listener::ListenError;
 use vsock_io::address::AddressError;
 use vsock_io::reactor::ReactorError;
 use vsock_io::vhost_user::VhostUserError;
@@ -93,16 +95,23 @@ fn reactor_error(error: &ReactorError, text: &str) -> PyErr {
 
 fn device_error(error: DeviceError, text: &str) -> PyErr {
     match error {
-        DeviceError::Listen { path, source } => {
+        DeviceError::Hybrid(HybridError::Listen(ListenError { path, source })) => {
             os_error(&source, text, Some(path.to_string_lossy().into_owned()))
         }
-        DeviceError::System {
+        DeviceError::Hybrid(HybridError::System {
+            operation: _,
+            source,
+        })
+        | DeviceError::System {
             operation: _,
             source,
         } => os_error(&source, text, None),
         DeviceError::Disconnected
         | DeviceError::Protocol(_)
-        | DeviceError::Queue { name: _, source: _ } => PyRuntimeError::new_err(text.to_owned()),
+        | DeviceError::Hybrid(HybridError::Ring {
+            index: _,
+            source: _,
+        }) => PyRuntimeError::new_err(text.to_owned()),
     }
 }
 

@@ -7,10 +7,10 @@
 
 #![expect(unsafe_code, reason = "loads and stores in the guest's memory")]
 
-use std::ptr;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, compiler_fence};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use crate::ram::{GuestRam, HostRange};
+use crate::host_range::HostRange;
+use crate::ram::GuestRam;
 
 /// Bytes of a descriptor (virtio 1.2, 2.7.5).
 pub(crate) const DESCRIPTOR_SIZE: usize = 16;
@@ -112,14 +112,12 @@ impl Area {
     /// For indirect tables, which the specification lets be anywhere.
     #[cold]
     fn copy_words(&self, offset: usize) -> [u64; 2] {
-        let at = self.word(offset, 1);
-        self.word(offset + DESCRIPTOR_SIZE - 1, 1);
+        let part = self.0.part(offset, DESCRIPTOR_SIZE);
+        let part = part.filter(|part| part.len == DESCRIPTOR_SIZE);
+        let part = part.expect("word in the area");
         let mut bytes = [0; DESCRIPTOR_SIZE];
-        // SAFETY: the first and the last byte lie in the area, whose mapping lives as long as the
-        // area's holder; no Rust object lives in guest memory, so the two don't overlap.
-        unsafe { ptr::copy_nonoverlapping(at.cast_const(), bytes.as_mut_ptr(), DESCRIPTOR_SIZE) };
-        // The compiler may not go back to the guest's bytes after this.
-        compiler_fence(Ordering::SeqCst);
+        // SAFETY: the area's holder keeps the memory, and the target is a local of this length.
+        unsafe { part.copy_to(bytes.as_mut_ptr()) };
         let word = u128::from_le_bytes(bytes);
         #[expect(clippy::cast_possible_truncation, reason = "halves of the word")]
         [word as u64, (word >> 64) as u64]

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
-use crate::ram::HostRange;
+use crate::host_range::HostRange;
 
 /// The unit in which memory can be given back to the host.
 pub const PAGE_SIZE: u64 = 4096;

@@ -5,46 +5,16 @@
 //! keeps the host addresses they hold valid. Memory added later makes a new `GuestRam` that
 //! shares the old mappings; rings are given it by `Ring::set_memory`.
 
-#![expect(
-    unsafe_code,
-    reason = "host addresses are handed to those who move bytes"
-)]
+#![expect(unsafe_code, reason = "guest memory is copied out")]
 
 use std::any::Any;
 use std::fmt;
-use std::ptr;
 use std::sync::Arc;
 
 use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::discard::{Backing, DiscardError, PAGE_SIZE};
-
-/// A range of host memory that the guest can write at any time.
-///
-/// Only made by [`GuestRam`], for ranges inside of its mappings: whoever holds one also holds the
-/// `Arc<GuestRam>` it came from.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct HostRange {
-    /// First byte, in this process.
-    pub(crate) base: *mut u8,
-    /// Bytes.
-    pub(crate) len: usize,
-}
-
-impl HostRange {
-    /// `len` bytes from `offset` on, which is inside; fewer if the range ends before.
-    fn part(self, offset: usize, len: usize) -> Self {
-        Self {
-            base: self.base.wrapping_add(offset),
-            len: len.min(self.len.saturating_sub(offset)),
-        }
-    }
-}
-
-// SAFETY: a pair of numbers; access through it is unsafe and argued where it happens.
-unsafe impl Send for HostRange {}
-// SAFETY: as above.
-unsafe impl Sync for HostRange {}
+use crate::host_range::HostRange;
 
 #[derive(Clone, Debug)]
 struct Region {
@@ -133,30 +103,21 @@ impl GuestRam {
         let Some(range) = self.prefix(address, target.len()) else {
             return 0;
         };
-        // SAFETY: the range lies in a mapping of ours and is no longer than the target; no Rust
-        // object lives in guest memory, so they do not overlap. Plain bytes, read once.
-        unsafe {
-            ptr::copy_nonoverlapping(range.base.cast_const(), target.as_mut_ptr(), range.len);
-        };
+        // SAFETY: `self` is the memory the range came from, and the target is a Rust slice, which
+        // no guest memory is, of at least this length.
+        unsafe { range.copy_to(target.as_mut_ptr()) };
         range.len
-    }
-
-    /// The region that has `address`, and how far into it that is.
-    #[inline]
-    fn find(&self, address: u64) -> Option<(&Region, usize)> {
-        self.regions.iter().find_map(|region| {
-            // Below the region this wraps to more than any mapping's length.
-            let offset = usize::try_from(address.wrapping_sub(region.start)).ok()?;
-            (offset < region.range.len).then_some((region, offset))
-        })
     }
 
     /// The host's range for as much of `len` bytes at guest `address` as one mapping holds: at
     /// least one byte if `len` is not 0, `None` if no mapping has `address`.
     #[inline]
     pub(crate) fn prefix(&self, address: u64, len: usize) -> Option<HostRange> {
-        let (region, offset) = self.find(address)?;
-        Some(region.range.part(offset, len))
+        self.regions.iter().find_map(|region| {
+            // Below the region this wraps to more than any mapping's length.
+            let offset = usize::try_from(address.wrapping_sub(region.start)).ok()?;
+            region.range.part(offset, len)
+        })
     }
 
     /// The host's range for exactly `len` bytes at guest `address`, if one mapping holds them.
@@ -178,16 +139,21 @@ impl GuestRam {
         let mut done = 0;
         while done < len {
             let at = address.checked_add(done).ok_or_else(not_memory)?;
-            let (region, offset) = self.find(at).ok_or_else(not_memory)?;
             let rest = usize::try_from(len - done).unwrap_or(usize::MAX);
-            let range = region.range.part(offset, rest);
-            let discarded = region.backing.discard(range, offset as u64);
+            let found = self.regions.iter().find_map(|region| {
+                let offset = at.checked_sub(region.start)?;
+                let range = region.range.part(usize::try_from(offset).ok()?, rest)?;
+                Some((&region.backing, range, offset))
+            });
+            let (backing, range, offset) = found.ok_or_else(not_memory)?;
+            let len = range.len as u64;
+            let discarded = backing.discard(range, offset);
             discarded.map_err(|source| DiscardError::System {
                 address: at,
-                len: range.len as u64,
+                len,
                 source,
             })?;
-            done += range.len as u64;
+            done += len;
         }
         Ok(())
     }

@@ -139,12 +139,12 @@ const SERVING: &[libc::c_long] = &[
     libc::SYS_utimensat,
 ];
 
-/// `KVMIO`: the type byte of KVM's requests (linux/kvm.h).
+/// `KVMIO`: the type byte of KVM's requests (`linux/kvm.h`).
 const KVM_REQUESTS: u64 = 0xae00;
 const REQUEST_TYPE: u64 = 0xff00;
-/// `TUNSETOFFLOAD`, `TUNSETQUEUE`, `TUNSETVNETHDRSZ` (linux/if_tun.h).
+/// `TUNSETOFFLOAD`, `TUNSETQUEUE`, `TUNSETVNETHDRSZ` (`linux/if_tun.h`).
 const TUN_REQUESTS: [u64; 3] = [0x4004_54d0, 0x4004_54d9, 0x4004_54d8];
-/// `BLKDISCARD`, `BLKZEROOUT`, `BLKGETSIZE64` (linux/fs.h).
+/// `BLKDISCARD`, `BLKZEROOUT`, `BLKGETSIZE64` (`linux/fs.h`).
 const BLOCK_REQUESTS: [u64; 3] = [0x1277, 0x127f, 0x8008_1272];
 
 /// `AF_UNIX`.

@@ -4,6 +4,8 @@
 //! A guest is an ELF file with one segment of 64-bit code, entered as a kernel is. It has a serial
 //! port to say something at, ports to end the machine at, and all memory mapped.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};

@@ -1,5 +1,6 @@
 //! Descriptions of exits, from records made up and from a guest that really fails.
 
+use virtio_core::ram::GuestRam;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
@@ -69,7 +70,7 @@ fn a_vcpu_that_can_not_run_is_described_in_one_line() {
     let Some((_kvm, vm)) = machine() else { return };
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
     memory.write_slice(&[0xf4], GuestAddress(0x1000)).unwrap();
-    let machine = MappedVm::new(vm, memory).unwrap();
+    let machine = MappedVm::new(vm, GuestRam::new(memory)).unwrap();
     let mut vcpu = machine.vm.create_vcpu(0).unwrap();
     let mut registers = vcpu.get_regs().unwrap();
     registers.rip = 0x1234;
