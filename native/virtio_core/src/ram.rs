@@ -109,15 +109,22 @@ impl GuestRam {
         range.len
     }
 
+    /// The region that has `address`, and how far into it that is.
+    #[inline]
+    fn find(&self, address: u64) -> Option<(&Region, usize)> {
+        self.regions.iter().find_map(|region| {
+            // Below the region this wraps to more than any mapping's length.
+            let offset = usize::try_from(address.wrapping_sub(region.start)).ok()?;
+            (offset < region.range.len).then_some((region, offset))
+        })
+    }
+
     /// The host's range for as much of `len` bytes at guest `address` as one mapping holds: at
     /// least one byte if `len` is not 0, `None` if no mapping has `address`.
     #[inline]
     pub(crate) fn prefix(&self, address: u64, len: usize) -> Option<HostRange> {
-        self.regions.iter().find_map(|region| {
-            // Below the region this wraps to more than any mapping's length.
-            let offset = usize::try_from(address.wrapping_sub(region.start)).ok()?;
-            region.range.part(offset, len)
-        })
+        let (region, offset) = self.find(address)?;
+        region.range.part(offset, len)
     }
 
     /// The host's range for exactly `len` bytes at guest `address`, if one mapping holds them.
@@ -139,21 +146,16 @@ impl GuestRam {
         let mut done = 0;
         while done < len {
             let at = address.checked_add(done).ok_or_else(not_memory)?;
+            let (region, offset) = self.find(at).ok_or_else(not_memory)?;
             let rest = usize::try_from(len - done).unwrap_or(usize::MAX);
-            let found = self.regions.iter().find_map(|region| {
-                let offset = at.checked_sub(region.start)?;
-                let range = region.range.part(usize::try_from(offset).ok()?, rest)?;
-                Some((&region.backing, range, offset))
-            });
-            let (backing, range, offset) = found.ok_or_else(not_memory)?;
-            let len = range.len as u64;
-            let discarded = backing.discard(range, offset);
+            let range = region.range.part(offset, rest).ok_or_else(not_memory)?;
+            let discarded = region.backing.discard(range, offset as u64);
             discarded.map_err(|source| DiscardError::System {
                 address: at,
-                len,
+                len: range.len as u64,
                 source,
             })?;
-            done += len;
+            done += range.len as u64;
         }
         Ok(())
     }

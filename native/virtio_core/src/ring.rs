@@ -273,24 +273,6 @@ impl Ring {
         Ok(false)
     }
 
-    /// As [`Ring::pop`], while requests are held that may yet go back by [`Ring::unpop`]. False
-    /// also if the next chain breaks a rule: it waits for a `pop`, since those held have to stay
-    /// the last ones taken.
-    ///
-    /// # Errors
-    /// As [`Ring::pop`].
-    pub fn pop_another(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        let Some(head) = self.next_head()? else {
-            return Ok(false);
-        };
-        chain.reset(&self.ram, head);
-        let is_sound = self.gather(head, chain).is_ok();
-        if !is_sound {
-            self.unpop(1);
-        }
-        Ok(is_sound)
-    }
-
     /// Give a malformed chain back. Bounded, or a driver could hold the device's thread here by
     /// adding them as fast as they are refused.
     #[cold]

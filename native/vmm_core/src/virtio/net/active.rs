@@ -3,6 +3,7 @@
 //! A tap is watched only while the guest has buffers and its rate is not used up: readiness is a
 //! level, and what is not fetched would be reported without end.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::event::epoll::EventFlags;
@@ -69,7 +70,7 @@ pub(super) struct Active {
     pub(super) watcher: Watcher,
     pub(super) interrupt: Arc<Interrupt>,
     /// How many pairs the driver uses: the first ones.
-    pub(super) active_pairs: usize,
+    pub(super) used_pairs: usize,
     /// Which pair goes first when a limiter's timer ends, in turn.
     pub(super) first_pair: usize,
 }
@@ -88,20 +89,24 @@ impl Active {
             let added = self.watcher.add(timer, token, EventFlags::IN);
             added.map_err(DeviceError::system("watch a limiter's timer"))?;
         }
-        self.use_pairs(self.active_pairs, link)
+        self.use_pairs(self.used_pairs, link)
     }
 
     /// Watch nothing any more.
     pub(super) fn stop(&mut self, link: &mut Link) {
-        use std::os::fd::AsFd;
         for timer in [&link.rx_throttle, &link.tx_throttle] {
             timer.disarm();
             // One that is not watched is as good.
             let _removed = self.watcher.remove(timer.as_fd());
         }
-        for (pair, tap) in self.pairs.iter_mut().zip(&link.taps) {
-            if pair.interest.take().is_some() {
-                let _removed = self.watcher.remove(tap.as_fd());
+        for (index, (pair, tap)) in self.pairs.iter_mut().zip(&link.taps).enumerate() {
+            if pair.interest.take().is_none() {
+                continue;
+            }
+            let _removed = self.watcher.remove(tap.as_fd());
+            if index > 0 {
+                // The next driver begins with one pair. A tap that is gone has no frames anyway.
+                let _detached = tap.set_attached(false);
             }
         }
     }
@@ -231,7 +236,6 @@ impl Active {
 
     /// The tap is gone, and does not come back: somebody deleted it.
     fn lose_link(&mut self, index: usize, link: &mut Link) {
-        use std::os::fd::AsFd;
         let (Some(pair), Some(tap)) = (self.pairs.get_mut(index), link.taps.get(index)) else {
             return;
         };
@@ -278,7 +282,6 @@ impl Active {
 
     /// Have frames come to the first `count` taps, and to no others.
     fn use_pairs(&mut self, count: usize, link: &mut Link) -> Result<(), DeviceError> {
-        use std::os::fd::AsFd;
         for (index, (pair, tap)) in self.pairs.iter_mut().zip(&link.taps).enumerate() {
             let is_used = index < count;
             if is_used == pair.interest.is_some() || pair.awaited == Awaited::Nothing {
@@ -301,7 +304,7 @@ impl Active {
                 pair.receiver.put_back(&mut link.metrics);
             }
         }
-        self.active_pairs = count;
+        self.used_pairs = count;
         Ok(())
     }
 }

@@ -181,7 +181,7 @@ impl VirtioDevice for Net {
         }
         let restored = self.restored_pairs.take().map_or(1, usize::from);
         let mut active = Active {
-            active_pairs: restored.clamp(1, pairs.len()),
+            used_pairs: restored.clamp(1, pairs.len()),
             pairs,
             control,
             chain: Chain::new(&activation.ram),
@@ -235,13 +235,13 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
-        let active_pairs = self.active.as_ref().map_or(1, |active| active.active_pairs);
+        let used_pairs = self.active.as_ref().map_or(1, |active| active.used_pairs);
         let state = NetState {
             mac: self.mac,
             mtu: self.mtu,
             queue_pairs: self.queue_pairs,
             // No more than `queue_pairs`.
-            active_pairs: u16::try_from(active_pairs).unwrap_or(1),
+            used_pairs: u16::try_from(used_pairs).unwrap_or(1),
         };
         saved::encode(DeviceKind::Net, &state)
     }
@@ -255,12 +255,12 @@ impl VirtioDevice for Net {
             );
             return Err(saved::refused(DeviceKind::Net, reason));
         }
-        if !(1..=state.queue_pairs).contains(&state.active_pairs) {
-            let reason = format!("{} pairs in use", state.active_pairs);
+        if !(1..=state.queue_pairs).contains(&state.used_pairs) {
+            let reason = format!("{} pairs in use", state.used_pairs);
             return Err(saved::refused(DeviceKind::Net, reason));
         }
         (self.mac, self.mtu) = (state.mac, state.mtu);
-        self.restored_pairs = Some(state.active_pairs);
+        self.restored_pairs = Some(state.used_pairs);
         Ok(())
     }
 

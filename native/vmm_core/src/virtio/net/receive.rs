@@ -300,7 +300,3 @@ impl Receiver {
         self.spares.extend(self.posted.drain(..count));
     }
 }
-
-#[cfg(test)]
-#[path = "receive_tests.rs"]
-mod tests;

@@ -13,5 +13,5 @@ pub(super) struct NetState {
     /// Pairs of queues that there are.
     pub(super) queue_pairs: u16,
     /// Pairs that the driver uses.
-    pub(super) active_pairs: u16,
+    pub(super) used_pairs: u16,
 }

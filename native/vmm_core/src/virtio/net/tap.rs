@@ -23,6 +23,7 @@ const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 /// What the tap may leave to the guest, instead of doing it itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "four independent claims")]
 pub(super) struct Offloads {
     /// Checksums.
     pub(super) checksum: bool,
