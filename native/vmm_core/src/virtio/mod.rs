@@ -5,7 +5,9 @@
 //! `state.rs` (what a snapshot keeps), and files of its own for what is its own.
 
 pub mod balloon;
+pub mod block;
 pub mod device;
+pub mod fs;
 pub mod mmio;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
