@@ -141,6 +141,10 @@ impl Net {
             pairs.chain(&active.control)
         })
     }
+
+    fn malformed_now(&self) -> u64 {
+        self.queues().map(|queue| queue.ring.malformed().0).sum()
+    }
 }
 
 impl VirtioDevice for Net {
@@ -206,6 +210,7 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {
+        self.link.metrics.malformed_chains += self.malformed_now();
         if let Some(mut active) = self.active.take() {
             active.stop(&mut self.link);
         }
@@ -265,8 +270,7 @@ impl VirtioDevice for Net {
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
-        let malformed = self.queues().map(|queue| queue.ring.malformed().0);
-        self.link.metrics.list(malformed.sum())
+        self.link.metrics.list(self.malformed_now())
     }
 }
 

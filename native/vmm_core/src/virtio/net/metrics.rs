@@ -23,10 +23,12 @@ pub(super) struct NetMetrics {
     pub(super) bad_buffers: u64,
     /// Commands on the control queue.
     pub(super) commands: u64,
+    /// Chains that broke a rule, of queues that are no more.
+    pub(super) malformed_chains: u64,
 }
 
 impl NetMetrics {
-    pub(super) fn list(&self, malformed_chains: u64) -> Vec<(&'static str, u64)> {
+    pub(super) fn list(&self, malformed_now: u64) -> Vec<(&'static str, u64)> {
         vec![
             ("rx_frames", self.rx_frames),
             ("rx_bytes", self.rx_bytes),
@@ -39,7 +41,7 @@ impl NetMetrics {
             ("tx_throttled", self.tx_throttled),
             ("bad_buffers", self.bad_buffers),
             ("commands", self.commands),
-            ("malformed_chains", malformed_chains),
+            ("malformed_chains", self.malformed_chains + malformed_now),
         ]
     }
 }
