@@ -98,20 +98,14 @@ fn device_error(error: DeviceError, text: &str) -> PyErr {
         DeviceError::Hybrid(HybridError::Listen(ListenError { path, source })) => {
             os_error(&source, text, Some(path.to_string_lossy().into_owned()))
         }
-        DeviceError::Hybrid(HybridError::System {
-            operation: _,
-            source,
-        })
+        DeviceError::Hybrid(HybridError::Watch(source))
         | DeviceError::System {
             operation: _,
             source,
         } => os_error(&source, text, None),
-        DeviceError::Disconnected
-        | DeviceError::Protocol(_)
-        | DeviceError::Hybrid(HybridError::Ring {
-            index: _,
-            source: _,
-        }) => PyRuntimeError::new_err(text.to_owned()),
+        DeviceError::Disconnected | DeviceError::Protocol(_) | DeviceError::Queue(_) => {
+            PyRuntimeError::new_err(text.to_owned())
+        }
     }
 }
 

@@ -95,9 +95,12 @@ impl GuestBuffers {
         }
     }
 
-    /// As `push`, over as many mappings as it takes.
+    /// As `push`, over as many mappings as it takes. `len` is not 0.
     #[cold]
     fn push_pieces(&mut self, address: u64, len: usize) -> bool {
+        if address.checked_add(len as u64 - 1).is_none() {
+            return false;
+        }
         let before = self.ranges.len();
         let (mut address, mut rest) = (address, len);
         while rest > 0 {
@@ -107,7 +110,7 @@ impl GuestBuffers {
             };
             self.ranges.push(range);
             rest -= range.len;
-            // Past the last address only when nothing is left, or when nothing follows.
+            // Wraps only when nothing is left.
             address = address.wrapping_add(range.len as u64);
         }
         self.len += len;

@@ -15,4 +15,6 @@ pub mod net;
 pub mod rng;
 mod saved;
 pub mod throttle;
+mod timer;
 mod turn;
+pub mod vsock;

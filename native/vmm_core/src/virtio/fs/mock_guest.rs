@@ -1,17 +1,14 @@
 //! The guest's side, for tests: a driver with both queues, and FUSE requests as a kernel sends them.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 use virtio_core::mock::{MockBuffer, MockDriver, UsedElement, mock_ram};
-use virtio_core::ram::GuestRam;
 
 use super::protocol::{IN_HEADER_SIZE, OUT_HEADER_SIZE, ROOT_ID, opcode};
 use super::{CacheMode, Fs, FsConfig};
-use crate::interrupt::Interrupt;
-use crate::virtio::device::{Activation, Queue, VirtioDevice, Watcher};
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::mock::MockTransport;
 
 const QUEUE_SIZE: u16 = 64;
 const RINGS: [u64; 2] = [0x1000, 0x4000];
@@ -82,7 +79,7 @@ pub(super) struct Attributes {
     pub(super) inode: u64,
     pub(super) size: u64,
     pub(super) access_s: u64,
-    pub(super) change_s: u64,
+    pub(super) modified_s: u64,
     pub(super) mode: u32,
     pub(super) links: u32,
     pub(super) uid: u32,
@@ -98,7 +95,7 @@ impl Attributes {
             inode: answer.u64(at),
             size: answer.u64(at + 8),
             access_s: answer.u64(at + 24),
-            change_s: answer.u64(at + 32),
+            modified_s: answer.u64(at + 32),
             mode: answer.u32(at + 60),
             links: answer.u32(at + 64),
             uid: answer.u32(at + 68),
@@ -113,7 +110,7 @@ impl Attributes {
 pub(super) struct MockGuest {
     pub(super) fs: Fs,
     pub(super) drivers: [MockDriver; 2],
-    ram: Arc<GuestRam>,
+    pub(super) transport: MockTransport,
     unique: u64,
     pub(super) uid: u32,
     pub(super) gid: u32,
@@ -132,32 +129,37 @@ impl MockGuest {
         guest
     }
 
+    /// Save the device and restore it as another process would, on the same folder.
+    pub(super) fn restore_elsewhere(self, config: FsConfig) -> Self {
+        let state = self.fs.save().unwrap();
+        let (unique, uid, gid) = (self.unique, self.uid, self.gid);
+        // What was open is closed, as when a process ends.
+        drop(self);
+        let mut fs = Fs::new(config).unwrap();
+        fs.restore(&state).unwrap();
+        let guest = Self::boot(fs);
+        Self {
+            unique,
+            uid,
+            gid,
+            ..guest
+        }
+    }
+
     /// Activate a device; nothing is mounted.
     pub(super) fn boot(mut fs: Fs) -> Self {
         let ram = mock_ram(RAM_SIZE);
         let drivers = RINGS.map(|base| MockDriver::new(&ram, base, QUEUE_SIZE));
-        let interrupt = Arc::new(Interrupt::new(5).unwrap());
-        let queues = drivers.iter().enumerate().map(|(index, driver)| {
-            Some(Queue {
-                index,
-                ring: driver.ring(true).unwrap(),
-                kick: Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap()),
-                interrupt: Arc::clone(&interrupt),
-            })
-        });
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
-        fs.activate(Activation {
-            ram: Arc::clone(&ram),
-            features: fs.features(),
-            queues: queues.collect(),
-            interrupt: Arc::clone(&interrupt),
-            watcher: Watcher::new(Arc::new(epoll), 0),
-        })
-        .unwrap();
+        let transport = MockTransport::new(&ram, 2);
+        let activation = transport.activation(
+            virtio_core::features::RING,
+            &[Some(&drivers[0]), Some(&drivers[1])],
+        );
+        fs.activate(activation).unwrap();
         Self {
             fs,
             drivers,
-            ram,
+            transport,
             unique: 0,
             uid: rustix::process::geteuid().as_raw(),
             gid: rustix::process::getegid().as_raw(),
@@ -233,9 +235,8 @@ impl MockGuest {
             at += u64::from(piece);
         }
         let head = driver.add(&buffers);
-        self.fs
-            .handle(u32::try_from(index).unwrap(), epoll::EventFlags::IN)
-            .unwrap();
+        self.transport.kick(index);
+        self.transport.settle(&mut self.fs).unwrap();
         let driver = &mut self.drivers[index];
         let used = driver.take_used();
         assert_eq!(used.len(), 1);
@@ -251,11 +252,6 @@ impl MockGuest {
             "nothing after the answer"
         );
         (used[0], answer)
-    }
-
-    /// The guest's memory.
-    pub(super) fn ram(&self) -> &Arc<GuestRam> {
-        &self.ram
     }
 
     pub(super) fn lookup(&mut self, parent: u64, name: &str) -> Result<Attributes, Errno> {
@@ -375,7 +371,11 @@ pub(super) struct Folder {
 
 impl Folder {
     pub(super) fn new() -> Self {
-        let around = tempfile::tempdir().unwrap();
+        Self::new_in(std::env::temp_dir())
+    }
+
+    pub(super) fn new_in(parent: impl AsRef<Path>) -> Self {
+        let around = tempfile::tempdir_in(parent).unwrap();
         std::fs::create_dir(around.path().join("shared")).unwrap();
         std::fs::write(around.path().join("canary"), "secret").unwrap();
         Self { around }
@@ -383,6 +383,11 @@ impl Folder {
 
     pub(super) fn path(&self) -> PathBuf {
         self.around.path().join("shared")
+    }
+
+    /// The same place for another process.
+    pub(super) fn config(&self) -> FsConfig {
+        FsConfig::new("shared", self.path())
     }
 
     /// A path below.
@@ -401,14 +406,14 @@ impl Folder {
     pub(super) fn mount_cached(&self, cache: CacheMode) -> MockGuest {
         MockGuest::mount_with(FsConfig {
             cache,
-            ..FsConfig::new("shared", self.path())
+            ..self.config()
         })
     }
 
     pub(super) fn mount_read_only(&self) -> MockGuest {
         MockGuest::mount_with(FsConfig {
             is_read_only: true,
-            ..FsConfig::new("shared", self.path())
+            ..self.config()
         })
     }
 }

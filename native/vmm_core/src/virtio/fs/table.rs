@@ -41,6 +41,17 @@ impl<T> Table<T> {
         self.slots.len() - self.free.len()
     }
 
+    /// Bound it anew.
+    #[cfg(test)]
+    pub(super) fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+    }
+
+    /// The most it holds.
+    pub(super) fn limit(&self) -> usize {
+        self.limit
+    }
+
     /// Whether one more fits.
     ///
     /// # Errors
