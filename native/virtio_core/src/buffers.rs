@@ -317,6 +317,39 @@ impl GuestBuffers {
         })
     }
 
+    /// Take one packet from a descriptor that gives packets: into `parts`, in order, and what has
+    /// no room there into `overflow`. Gives the packet's length, and how much room `parts` had:
+    /// only their first [`MAX_RANGES_PER_CALL`] ranges are used.
+    ///
+    /// # Errors
+    /// As readv(2).
+    pub fn receive_packet<'a>(
+        parts: impl IntoIterator<Item = &'a Self>,
+        overflow: &mut [u8],
+        fd: BorrowedFd<'_>,
+    ) -> io::Result<(usize, usize)> {
+        let overflow = libc::iovec {
+            iov_base: overflow.as_mut_ptr().cast(),
+            iov_len: overflow.len(),
+        };
+        let mut entries = [overflow; MAX_RANGES_PER_CALL + 1];
+        let ranges = parts.into_iter().flat_map(|part| &part.ranges);
+        let (mut room, mut count) = (0, 1);
+        // The last entry stays the overflow's, wherever the guest's ranges end.
+        for (entry, range) in entries.iter_mut().zip(ranges.take(MAX_RANGES_PER_CALL)) {
+            *entry = libc::iovec {
+                iov_base: range.base.cast(),
+                iov_len: range.len,
+            };
+            room += range.len;
+            count += 1;
+        }
+        // SAFETY: at most 65 valid entries: ranges of mappings that the parts keep and that no Rust
+        // reference points into, then a slice that is ours alone until this returns.
+        let len = retry(|| unsafe { libc::readv(fd.as_raw_fd(), entries.as_ptr(), count) })?;
+        Ok((len, room))
+    }
+
     /// Write bytes from `offset` on to a descriptor that has no position, in one call.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ pub mod fs;
 pub mod mmio;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
+pub mod net;
 pub mod rng;
 mod saved;
 pub mod throttle;
