@@ -5,12 +5,27 @@
 use std::error::Error;
 use std::io;
 
-use pyo3::PyErr;
-use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTimeoutError, PyValueError};
+use pyo3::{PyErr, create_exception};
+use vmm_core::boot::BootError;
+use vmm_core::kvm::KvmError;
+use vmm_core::snapshot::SnapshotError;
+use vmm_core::vm::VmError;
+use rustix::io::Errno;
 use vsock_io::address::AddressError;
 use vsock_io::reactor::ReactorError;
 use vsock_io::vhost_user::VhostUserError;
 use vsock_io::vhost_user::device::DeviceError;
+
+create_exception!(
+    kata_hybrid._native.vmm,
+    VmmError,
+    PyRuntimeError,
+    "A machine failed, or cannot do what was asked of it; the text has every cause."
+);
+
+/// The device file that every machine begins with.
+const KVM_DEVICE: &str = "/dev/kvm";
 
 /// What a call of the extension can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +66,9 @@ pub(crate) enum NativeError {
     /// The vsock device for another process's machine.
     #[error(transparent)]
     VhostUser(#[from] VhostUserError),
+    /// The machine.
+    #[error(transparent)]
+    Vm(#[from] VmError),
 }
 
 impl From<NativeError> for PyErr {
@@ -70,6 +88,7 @@ impl From<NativeError> for PyErr {
                 reactor_error(&error, &text)
             }
             NativeError::VhostUser(VhostUserError::Device(error)) => device_error(error, &text),
+            NativeError::Vm(error) => vm_error(&error, &text),
             NativeError::Word {
                 argument: _,
                 allowed: _,
@@ -103,6 +122,76 @@ fn device_error(error: DeviceError, text: &str) -> PyErr {
         DeviceError::Disconnected
         | DeviceError::Protocol(_)
         | DeviceError::Queue { name: _, source: _ } => PyRuntimeError::new_err(text.to_owned()),
+    }
+}
+
+fn vm_error(error: &VmError, text: &str) -> PyErr {
+    match error {
+        VmError::OutOfRange {
+            name: _,
+            value: _,
+            min: _,
+            max: _,
+        } => PyValueError::new_err(text.to_owned()),
+        VmError::Timeout(_) => PyTimeoutError::new_err(text.to_owned()),
+        VmError::Kvm(error) => kvm_error(error, text),
+        VmError::State {
+            state: _,
+            request: _,
+        }
+        | VmError::Gone
+        | VmError::VcpuStuck(_)
+        | VmError::TooManyDevices { max: _ }
+        | VmError::Bus(_) => VmmError::new_err(text.to_owned()),
+        VmError::Boot(BootError::Open {
+            what: _,
+            path,
+            source,
+        })
+        | VmError::Snapshot(SnapshotError::File {
+            operation: _,
+            path,
+            source,
+        }) => os_error(source, text, Some(path.to_string_lossy().into_owned())),
+        VmError::Console(source)
+        | VmError::System {
+            operation: _,
+            source,
+        } => os_error(source, text, None),
+        VmError::Memory(_)
+        | VmError::Boot(_)
+        | VmError::Vcpu(_)
+        | VmError::Tables(_)
+        | VmError::Serial(_)
+        | VmError::Device(_)
+        | VmError::Snapshot(_) => machine_error(error, text),
+    }
+}
+
+fn kvm_error(error: &KvmError, text: &str) -> PyErr {
+    let errno = match error {
+        KvmError::Absent => Errno::NOENT.raw_os_error(),
+        KvmError::PermissionDenied => Errno::ACCESS.raw_os_error(),
+        KvmError::Open(source) => source.errno(),
+        KvmError::ApiVersion(_)
+        | KvmError::Call { name: _, source: _ }
+        | KvmError::Allocate(_)
+        | KvmError::Memory(_) => return VmmError::new_err(text.to_owned()),
+    };
+    os_error(
+        &io::Error::from_raw_os_error(errno),
+        text,
+        Some(KVM_DEVICE.to_owned()),
+    )
+}
+
+/// The operating system's refusal, if one is at the bottom; else the machine's own failure.
+fn machine_error(error: &(dyn Error + 'static), text: &str) -> PyErr {
+    let mut causes = std::iter::successors(Some(error), |error| (*error).source());
+    let refusal = causes.find_map(|cause| cause.downcast_ref::<io::Error>());
+    match refusal.filter(|refusal| refusal.raw_os_error().is_some()) {
+        Some(refusal) => os_error(refusal, text, None),
+        None => VmmError::new_err(text.to_owned()),
     }
 }
 

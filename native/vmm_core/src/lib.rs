@@ -30,7 +30,7 @@ mod machine;
 pub mod memory;
 pub mod probe;
 mod seccomp;
-mod snapshot;
+pub mod snapshot;
 mod thread;
 mod vcpu;
 pub mod virtio;

@@ -1,0 +1,138 @@
+//! A machine for Python: its states and requests, each a call of `vmm_core`.
+
+use std::collections::BTreeMap;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use vmm_core::event::VmEvents;
+use vmm_core::vm::{VmError, VmState};
+
+use super::reports::Reports;
+use super::{DeviceMetrics, VmConfig, VmExit};
+use crate::convert::take_fd;
+use crate::detach::detached;
+use crate::errors::NativeError;
+use crate::events::EventPort;
+
+/// A virtual machine in this process. Dropping it stops it.
+#[pyclass(frozen, module = "kata_hybrid._native.vmm")]
+pub(crate) struct Vm {
+    vm: vmm_core::vm::Vm,
+    reports: Arc<Reports>,
+}
+
+#[pymethods]
+impl Vm {
+    #[new]
+    #[pyo3(signature = (config, port, *, exited_token, log_token = None, console_fd = None))]
+    fn new(
+        config: &VmConfig,
+        port: &EventPort,
+        exited_token: u64,
+        log_token: Option<u64>,
+        console_fd: Option<RawFd>,
+    ) -> Result<Self, NativeError> {
+        let console = console_fd.map(take_fd).transpose()?;
+        let reports = Arc::new(Reports::new(port.queue(), exited_token, log_token));
+        let events = Arc::clone(&reports) as Arc<dyn VmEvents>;
+        let vm = vmm_core::vm::Vm::new(config.inner.clone(), console, events)?;
+        Ok(Self { vm, reports })
+    }
+
+    /// Make the machine and let the guest run.
+    fn start(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.launched(self.vm.start()))
+    }
+
+    /// Make the machine as a snapshot says, and leave it paused.
+    #[expect(clippy::needless_pass_by_value, reason = "paths arrive as PathBuf")]
+    fn restore(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
+        detached(py, || self.launched(self.vm.restore(&folder)))
+    }
+
+    /// Stop the guest's time.
+    fn pause(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.vm.pause())
+    }
+
+    /// Let the guest's time go on.
+    fn resume(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.vm.resume())
+    }
+
+    /// Write the whole machine, which has to be paused, into a folder.
+    #[expect(clippy::needless_pass_by_value, reason = "paths arrive as PathBuf")]
+    fn snapshot(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
+        detached(py, || self.vm.snapshot(&folder))
+    }
+
+    /// End the machine now and wait until all of it is released. Idempotent.
+    fn stop(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.stopped())
+    }
+
+    /// Where it is in its life.
+    #[getter]
+    fn state(&self) -> &'static str {
+        self.vm.state().name()
+    }
+
+    /// How it ended; nothing before that, and for a machine that never ran.
+    #[getter]
+    fn exit(&self) -> Option<VmExit> {
+        self.reports.exit().map(VmExit::from)
+    }
+
+    /// What the guest printed last.
+    fn console_tail<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.vm.console_tail())
+    }
+
+    /// The kernel's ids of the machine's threads, by name.
+    fn thread_ids(&self, py: Python<'_>) -> BTreeMap<String, i32> {
+        // Waits for a start that is under way.
+        py.detach(|| self.vm.thread_ids()).into_iter().collect()
+    }
+
+    /// Counters of each device.
+    fn metrics(&self, py: Python<'_>) -> Vec<DeviceMetrics> {
+        let metrics = py.detach(|| self.vm.metrics());
+        metrics.into_iter().map(DeviceMetrics::from).collect()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<Vm {}>", self.state())
+    }
+}
+
+impl Vm {
+    fn launched(&self, result: Result<(), VmError>) -> Result<(), VmError> {
+        // Refused because it runs already: then its end is still to come.
+        if result.is_err() && self.vm.state() == VmState::Stopped {
+            self.reports.never_ran("the machine did not start");
+        }
+        result
+    }
+
+    fn stopped(&self) -> Result<(), VmError> {
+        let result = self.vm.stop();
+        if result.is_ok() {
+            // One that ran has told by now.
+            self.reports.never_ran("the machine was never started");
+        }
+        result
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if matches!(self.vm.state(), VmState::Created | VmState::Stopped) {
+            return;
+        }
+        // It waits for threads: not while nobody else may run Python.
+        let _result = Python::attach(|py| py.detach(|| self.vm.stop()));
+    }
+}
