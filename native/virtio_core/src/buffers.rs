@@ -108,6 +108,17 @@ impl GuestBuffers {
         self.ranges.len()
     }
 
+    /// Forget all but the first `len` bytes.
+    pub fn truncate(&mut self, len: usize) {
+        let mut rest = len;
+        self.ranges.retain_mut(|range| {
+            range.len = range.len.min(rest);
+            rest -= range.len;
+            range.len > 0
+        });
+        self.len -= self.len.saturating_sub(len);
+    }
+
     /// The `len` bytes from `offset`; fewer if the buffers end before.
     #[must_use]
     pub fn range(&self, offset: usize, len: usize) -> Self {
@@ -297,6 +308,33 @@ impl GuestBuffers {
                     iovecs.entries.as_ptr(),
                     iovecs.count_c(),
                     position,
+                )
+            }
+        })
+    }
+
+    /// [`Self::write_at`] with `RWF_*` flags, such as to append.
+    ///
+    /// # Errors
+    /// As pwritev2(2).
+    pub fn write_at_with(
+        &self,
+        file: BorrowedFd<'_>,
+        offset: usize,
+        position: u64,
+        flags: libc::c_int,
+    ) -> io::Result<usize> {
+        let iovecs = self.iovecs(offset, self.len.saturating_sub(offset));
+        let position = file_position(position)?;
+        retry(|| {
+            // SAFETY: as in `write_to`.
+            unsafe {
+                libc::pwritev2(
+                    file.as_raw_fd(),
+                    iovecs.entries.as_ptr(),
+                    iovecs.count_c(),
+                    position,
+                    flags,
                 )
             }
         })

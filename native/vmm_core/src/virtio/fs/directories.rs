@@ -1,0 +1,118 @@
+//! Listing directories.
+//!
+//! Positions are the host file system's own cookies, so a listing goes on where it was in another
+//! process too, and a handle keeps nothing but a descriptor.
+
+use std::mem::{MaybeUninit, take};
+
+use rustix::fs::{OFlags, RawDir, RawDirEntry, SeekFrom};
+use rustix::io::Errno;
+
+use super::handle::{Handle, open_directory};
+use super::reply::{ENTRY_SIZE, Reply};
+use super::request::Fields;
+use super::share::Share;
+
+/// What the kernel lists at a time.
+pub(super) const LISTING_SIZE: usize = 32 << 10;
+/// A name of 255 bytes fits.
+const LEAST_LISTING_SIZE: usize = 1 << 10;
+/// The largest answer.
+const MAX_ANSWER: usize = 128 << 10;
+/// `struct fuse_dirent` without the name.
+const DIRENT_SIZE: usize = 24;
+/// How much longer an entry with attributes is than one without, about.
+const PLUS_RATIO: usize = 4;
+
+impl Share {
+    /// `FUSE_OPENDIR`.
+    pub(super) fn open_directory(&mut self, node: u64, reply: &mut Reply) -> Result<(), Errno> {
+        self.handles.0.check_room()?;
+        let node = self.nodes.get(node)?;
+        let handle = Handle {
+            descriptor: Some(open_directory(node.directory()?)?),
+            directory: Some(node.identity.place),
+            flags: OFlags::RDONLY,
+        };
+        reply.u64(self.handles.0.insert(handle)?);
+        reply.u32(self.config.cache.directory_flags());
+        reply.u32(0);
+        Ok(())
+    }
+
+    /// `FUSE_READDIR`, and `FUSE_READDIRPLUS`, which looks each name up.
+    pub(super) fn read_directory(
+        &mut self,
+        mut body: Fields<'_>,
+        reply: &mut Reply,
+        is_plus: bool,
+    ) -> Result<(), Errno> {
+        let (handle, position, size) = (body.u64()?, body.u64()?, body.u32()?);
+        reply.limit((size as usize).min(MAX_ANSWER));
+        let mut listing = take(&mut self.listing);
+        let listed = self.list(&mut listing, handle, position, reply, is_plus);
+        self.listing = listing;
+        match listed {
+            // What was listed before counts; the guest comes again for the rest.
+            Err(_) if !reply.is_empty() => Ok(()),
+            listed => listed,
+        }
+    }
+
+    fn list(
+        &mut self,
+        listing: &mut [MaybeUninit<u8>],
+        handle: u64,
+        position: u64,
+        reply: &mut Reply,
+        is_plus: bool,
+    ) -> Result<(), Errno> {
+        // No more than the answer holds, or the rest would be listed twice.
+        let ratio = if is_plus { PLUS_RATIO } else { 1 };
+        let len = (reply.room_left() / ratio).clamp(LEAST_LISTING_SIZE, LISTING_SIZE);
+        let listing = listing.get_mut(..len).ok_or(Errno::NOMEM)?;
+        let terms = self.entry_terms();
+        let (directory, place) = self.handles.directory(handle)?;
+        rustix::fs::seek(directory, SeekFrom::Start(position))?;
+        let mut entries = RawDir::new(directory, listing);
+        let fixed = DIRENT_SIZE + if is_plus { ENTRY_SIZE } else { 0 };
+        while let Some(entry) = entries.next() {
+            let entry = entry?;
+            let name = entry.file_name();
+            let len = (fixed + name.count_bytes()).next_multiple_of(8);
+            if len > reply.room_left() {
+                break;
+            }
+            if is_plus {
+                // A name that cannot be looked up, or that the guest may not hold another node
+                // for, is listed without attributes.
+                let found = match name.to_bytes() {
+                    b"." | b".." => Err(Errno::INVAL),
+                    _ => self.nodes.find(directory, name),
+                };
+                match found {
+                    Ok(found) => terms.answer(&mut self.nodes, found, place, reply)?,
+                    Err(_) => reply.no_entry(),
+                }
+            }
+            put_entry(&entry, reply);
+        }
+        Ok(())
+    }
+}
+
+/// `struct fuse_dirent`.
+fn put_entry(entry: &RawDirEntry<'_>, reply: &mut Reply) {
+    let name = entry.file_name().to_bytes();
+    reply.u64(entry.ino());
+    reply.u64(entry.next_entry_cookie());
+    reply.u32(u32::try_from(name.len()).unwrap_or(0));
+    reply.u32(entry.file_type().as_raw_mode() >> 12);
+    reply.bytes(name);
+    let padding = name.len().next_multiple_of(8) - name.len();
+    reply.bytes([0; 8].get(..padding).unwrap_or_default());
+}
+
+#[cfg(test)]
+#[path = "directories_tests.rs"]
+mod tests;
