@@ -4,14 +4,16 @@
 
 use std::error::Error;
 use std::io;
+use std::path::Path;
 
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTimeoutError, PyValueError};
 use pyo3::{PyErr, create_exception};
+use rustix::io::Errno;
 use vmm_core::boot::BootError;
 use vmm_core::kvm::KvmError;
 use vmm_core::snapshot::SnapshotError;
+use vmm_core::virtio::fs::FsError;
 use vmm_core::vm::VmError;
-use rustix::io::Errno;
 use vsock_io::address::AddressError;
 use vsock_io::reactor::ReactorError;
 use vsock_io::vhost_user::VhostUserError;
@@ -69,6 +71,9 @@ pub(crate) enum NativeError {
     /// The machine.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// A shared folder.
+    #[error(transparent)]
+    Folder(#[from] FsError),
 }
 
 impl From<NativeError> for PyErr {
@@ -89,6 +94,7 @@ impl From<NativeError> for PyErr {
             }
             NativeError::VhostUser(VhostUserError::Device(error)) => device_error(error, &text),
             NativeError::Vm(error) => vm_error(&error, &text),
+            NativeError::Folder(error) => folder_error(&error, &text),
             NativeError::Word {
                 argument: _,
                 allowed: _,
@@ -112,9 +118,7 @@ fn reactor_error(error: &ReactorError, text: &str) -> PyErr {
 
 fn device_error(error: DeviceError, text: &str) -> PyErr {
     match error {
-        DeviceError::Listen { path, source } => {
-            os_error(&source, text, Some(path.to_string_lossy().into_owned()))
-        }
+        DeviceError::Listen { path, source } => path_error(&source, text, &path),
         DeviceError::System {
             operation: _,
             source,
@@ -152,7 +156,7 @@ fn vm_error(error: &VmError, text: &str) -> PyErr {
             operation: _,
             path,
             source,
-        }) => os_error(source, text, Some(path.to_string_lossy().into_owned())),
+        }) => path_error(source, text, path),
         VmError::Console(source)
         | VmError::System {
             operation: _,
@@ -178,11 +182,27 @@ fn kvm_error(error: &KvmError, text: &str) -> PyErr {
         | KvmError::Allocate(_)
         | KvmError::Memory(_) => return VmmError::new_err(text.to_owned()),
     };
-    os_error(
+    path_error(
         &io::Error::from_raw_os_error(errno),
         text,
-        Some(KVM_DEVICE.to_owned()),
+        Path::new(KVM_DEVICE),
     )
+}
+
+fn folder_error(error: &FsError, text: &str) -> PyErr {
+    match error {
+        FsError::Folder { folder, source } => path_error(source, text, folder),
+        FsError::NotDirectory { folder } => {
+            let not_directory = Errno::NOTDIR.into();
+            path_error(&not_directory, text, folder)
+        }
+        FsError::Tag(_) | FsError::QueueSize(_) => PyValueError::new_err(text.to_owned()),
+    }
+}
+
+/// `OSError` with `filename`.
+fn path_error(source: &io::Error, text: &str, path: &Path) -> PyErr {
+    os_error(source, text, Some(path.to_string_lossy().into_owned()))
 }
 
 /// The operating system's refusal, if one is at the bottom; else the machine's own failure.

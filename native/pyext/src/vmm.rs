@@ -5,6 +5,7 @@
 //! (`reports`), from threads that never attach.
 
 mod config;
+mod devices;
 mod exit;
 mod machine;
 mod metrics;

@@ -285,7 +285,10 @@ mod tests {
     #[test]
     fn a_long_line_is_cut_between_characters() {
         let queue = EventQueue::new(10).unwrap();
-        queue.log(7, &format!("-{}", "\u{e9}".repeat(EventQueue::MAX_LINE_BYTES)));
+        queue.log(
+            7,
+            &format!("-{}", "\u{e9}".repeat(EventQueue::MAX_LINE_BYTES)),
+        );
         let line = &queue.drain()[0].message;
         assert_eq!(line.len(), EventQueue::MAX_LINE_BYTES - 1);
     }

@@ -83,8 +83,8 @@ impl VmConfig {
 
     fn __repr__(&self) -> String {
         format!(
-            "<VmConfig kernel={:?} vcpu_count={} memory_mib={} memory={}>",
-            self.inner.kernel,
+            "<VmConfig kernel={} vcpu_count={} memory_mib={} memory={}>",
+            self.inner.kernel.display(),
             self.inner.vcpu_count,
             self.inner.memory_mib,
             self.memory()
@@ -112,7 +112,9 @@ fn within<T: TryFrom<u64>>(
     min: u64,
     max: u64,
 ) -> Result<T, VmError> {
-    let fitting = (min..=max).contains(&value).then(|| T::try_from(value).ok());
+    let fitting = (min..=max)
+        .contains(&value)
+        .then(|| T::try_from(value).ok());
     fitting.flatten().ok_or(VmError::OutOfRange {
         name,
         value,

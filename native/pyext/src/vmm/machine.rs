@@ -8,8 +8,10 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use vmm_core::event::VmEvents;
+use vmm_core::virtio::device::VirtioDevice;
 use vmm_core::vm::{VmError, VmState};
 
+use super::devices;
 use super::reports::Reports;
 use super::{DeviceMetrics, VmConfig, VmExit};
 use crate::convert::take_fd;
@@ -40,6 +42,21 @@ impl Vm {
         let events = Arc::clone(&reports) as Arc<dyn VmEvents>;
         let vm = vmm_core::vm::Vm::new(config.inner.clone(), console, events)?;
         Ok(Self { vm, reports })
+    }
+
+    /// Share a folder. Before the start.
+    #[pyo3(signature = (*, tag, folder, cache = "auto", is_read_only = false))]
+    fn add_folder(
+        &self,
+        py: Python<'_>,
+        tag: String,
+        folder: PathBuf,
+        cache: &str,
+        is_read_only: bool,
+    ) -> PyResult<()> {
+        let cache = devices::cache_mode(cache)?;
+        self.add(py, || devices::folder(tag, folder, cache, is_read_only))?;
+        Ok(())
     }
 
     /// Make the machine and let the guest run.
@@ -109,6 +126,15 @@ impl Vm {
 }
 
 impl Vm {
+    /// Make a device and add it; gives how many of its kind there were before.
+    fn add(
+        &self,
+        py: Python<'_>,
+        make: impl FnOnce() -> Result<Box<dyn VirtioDevice>, NativeError> + Send,
+    ) -> PyResult<usize> {
+        detached(py, || Ok::<_, NativeError>(self.vm.add_device(make()?)?))
+    }
+
     fn launched(&self, result: Result<(), VmError>) -> Result<(), VmError> {
         // Refused because it runs already: then its end is still to come.
         if result.is_err() && self.vm.state() == VmState::Stopped {
