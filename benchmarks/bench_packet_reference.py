@@ -1,4 +1,4 @@
-"""The Cython side of ``native/vsock_io/benches/vsock_packet.rs``: the same items, the same sizes.
+"""The Cython side of ``native/virtio_core/benches/vsock_packet.rs``: the same items, the same sizes.
 
 - ``vsock_packet_parse``: one item is one 44-byte header, decoded from a contiguous buffer and
   judged by the device's rules (addresses, type, operation, length). 256 headers a call.
@@ -10,7 +10,7 @@ Each call works on a whole batch inside of Cython, so the interpreter's share of
 below a nanosecond. Divide a call's time by :data:`HEADERS` or :data:`CHAINS`, and criterion's time
 of an iteration by the same number: the ratio of the two is Rust against Cython. The reference
 trusts nothing it reads either, but it indexes one flat buffer, where the device goes through a
-map of memory regions that the monitor may change; that difference is part of the figure.
+map of memory regions; that difference is part of the figure.
 """
 
 import importlib.util

@@ -89,7 +89,7 @@ PROMISES = (
         name="virtqueue_walk",
         unit="ns",
         # The reference indexes one flat buffer; the device goes through a map of memory regions
-        # and atomic ring accesses (rust-vmm's), which is most of the difference.
+        # and atomic ring accesses.
         limit=None,
         better="lower",
         about="one descriptor chain walked, Rust over regions / Cython over a flat buffer",

@@ -139,7 +139,7 @@ def measure_vsock_io(keep: Keep) -> None:
     Raises:
         PartError: a benchmark failed.
     """
-    programs = _build_criterion(("agent_round_trip", "stdout_pump"))
+    programs = _build_criterion("vsock_io", ("agent_round_trip", "stdout_pump"))
 
     _say(f"    agent_round_trip, {criterion.ROUNDS} rounds …")
     ours, reference = "agent_round_trip/client", "agent_round_trip/raw"
@@ -176,7 +176,7 @@ def measure_packets(keep: Keep) -> None:
     }
     rust: dict[str, list[float]] = {name: [] for name in functions}
     cython: dict[str, list[float]] = {name: [] for name in functions}
-    program = _build_criterion(("vsock_packet",))["vsock_packet"]
+    program = _build_criterion("virtio_core", ("vsock_packet",))["vsock_packet"]
     for number in range(1, _PACKET_ROUNDS + 1):
         _say(f"    round {number} of {_PACKET_ROUNDS} …")
         run_pytest("bench_packet_reference.py", keep)
@@ -198,11 +198,11 @@ def measure_packets(keep: Keep) -> None:
         )
 
 
-def _build_criterion(names: tuple[str, ...]) -> dict[str, criterion.Program]:
-    """Build these benchmarks of ``vsock_io``."""
+def _build_criterion(package: str, names: tuple[str, ...]) -> dict[str, criterion.Program]:
+    """Build these benchmarks of a crate."""
     _say("    building …")
     try:
-        return criterion.build("vsock_io", benches=names, log=LOG)
+        return criterion.build(package, benches=names, log=LOG)
     except criterion.CriterionError as exc:
         raise PartError(str(exc)) from exc
 

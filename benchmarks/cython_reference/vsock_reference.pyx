@@ -7,9 +7,10 @@ functions on single values) and the other side of ``benchmarks/bench_packet_refe
 functions on batches). Guest memory is a buffer that starts at guest address 0; every address and
 index taken from it is checked before use.
 
-What the device may use of a broken chain is the part before the break: the walk ends where a
-descriptor cannot be read, an index leaves its table, an indirect table is nested, misshapen or
-too large, the chain outgrows its table, or its length passes 2**32 - 1.
+A broken chain is given back whole, none of it used. A chain is broken when an index leaves its
+table, an indirect table is not all memory, is nested, followed by another descriptor, misshapen,
+empty or too large, the chain outgrows its table, its length passes 2**32 - 1, a buffer is not all
+memory, or one to read follows one to write. Descriptors of no bytes carry no buffer.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -124,6 +125,7 @@ cdef struct Cursor:
     uint32_t left
     uint64_t total
     bint is_indirect
+    bint is_writing
     bint is_over
 
 
@@ -133,42 +135,57 @@ cdef struct Step:
     uint16_t flags
 
 
-cdef inline bint advance(const uint8_t* memory, uint64_t size, Cursor* cursor, Step* step) noexcept nogil:
-    """Read the next descriptor that carries a buffer; False where the chain ends or breaks."""
+cdef enum:
+    END = 0
+    BUFFER = 1
+    BROKEN = 2
+
+
+cdef inline bint is_memory(uint64_t size, uint64_t address, uint64_t length) noexcept nogil:
+    return address <= size and length <= size - address
+
+
+cdef inline int advance(const uint8_t* memory, uint64_t size, Cursor* cursor, Step* step) noexcept nogil:
+    """Read on to the next descriptor that carries a buffer, or the end, or the break."""
     cdef const uint8_t* at
-    cdef uint64_t offset
     cdef uint16_t flags
-    while True:
-        if cursor.is_over or cursor.left == 0 or cursor.index >= cursor.table_size:
-            return False
-        offset = cursor.table + <uint64_t>cursor.index * DESCRIPTOR_SIZE
-        if offset < cursor.table or offset > size or size - offset < DESCRIPTOR_SIZE:
-            return False
-        at = memory + offset
+    while not cursor.is_over:
+        if cursor.left == 0 or cursor.index >= cursor.table_size:
+            return BROKEN
+        # The table lies in memory: the ring's is the caller's promise, an indirect one is checked.
+        at = memory + cursor.table + <uint64_t>cursor.index * DESCRIPTOR_SIZE
         step.address = u64(at)
         step.length = u32(at + 8)
         flags = u16(at + 12)
         step.flags = flags
+        cursor.left -= 1
         if flags & F_INDIRECT:
-            if cursor.is_indirect or step.length % DESCRIPTOR_SIZE:
-                return False
-            if step.length // DESCRIPTOR_SIZE > 65535:
-                return False
+            if cursor.is_indirect or flags & F_NEXT:
+                return BROKEN
+            if step.length == 0 or step.length % DESCRIPTOR_SIZE:
+                return BROKEN
+            if step.length // DESCRIPTOR_SIZE > 65536 or not is_memory(size, step.address, step.length):
+                return BROKEN
             cursor.table = step.address
             cursor.table_size = step.length // DESCRIPTOR_SIZE
             cursor.index = 0
             cursor.left = cursor.table_size
             cursor.is_indirect = True
             continue
-        cursor.total += step.length
-        if cursor.total > 0xffffffffU:
-            return False
         if flags & F_NEXT:
             cursor.index = u16(at + 14)
-            cursor.left -= 1
         else:
             cursor.is_over = True
-        return True
+        if not flags & F_WRITE and cursor.is_writing:
+            return BROKEN
+        if step.length == 0:
+            continue
+        cursor.is_writing = flags & F_WRITE
+        cursor.total += step.length
+        if cursor.total > 0xffffffffU or not is_memory(size, step.address, step.length):
+            return BROKEN
+        return BUFFER
+    return END
 
 
 cdef inline Cursor start(uint64_t table, uint32_t queue_size, uint32_t head) noexcept nogil:
@@ -179,6 +196,7 @@ cdef inline Cursor start(uint64_t table, uint32_t queue_size, uint32_t head) noe
     cursor.left = queue_size
     cursor.total = 0
     cursor.is_indirect = False
+    cursor.is_writing = False
     cursor.is_over = False
     return cursor
 
@@ -190,10 +208,9 @@ def walk_ring(
     """Every chain of the available ring, from index 0 on.
 
     Returns None when the ring itself is nonsense: the index is further ahead than the queue is
-    long. Otherwise a list of ``(head, is_sound, descriptors)``; ``descriptors`` are
-    ``(address, length, is_writable)`` up to the end or the break. A chain is sound when each of its
-    descriptors is readable by the device, lies in memory, and they are no more than the queue has.
-    A head outside of the table ends the list with ``(head, None, [])``: it cannot be given back.
+    long. Otherwise a list of ``(head, is_sound, buffers)``; ``buffers`` of a sound chain are
+    ``(address, length, is_writable)``, those of a broken one are nobody's business. A head outside
+    of the table ends the list with ``(head, None, [])``: it cannot be given back.
     """
     cdef uint64_t size = memory.shape[0]
     cdef const uint8_t* base = &memory[0]
@@ -205,21 +222,19 @@ def walk_ring(
     cdef Cursor cursor
     cdef Step step
     cdef uint32_t i
+    cdef int found
     for i in range(count):
         head = u16(base + available + 4 + 2 * (i % queue_size))
         if head >= queue_size:
             chains.append((head, None, []))
             break
         cursor = start(table, queue_size, head)
-        descriptors = []
-        is_sound = True
-        while advance(base, size, &cursor, &step):
-            descriptors.append((step.address, step.length, bool(step.flags & F_WRITE)))
-            if step.flags & F_WRITE or len(descriptors) > queue_size:
-                is_sound = False
-            elif step.length and (step.address >= size or step.length > size - step.address):
-                is_sound = False
-        chains.append((head, is_sound, descriptors))
+        buffers = []
+        found = advance(base, size, &cursor, &step)
+        while found == BUFFER:
+            buffers.append((step.address, step.length, bool(step.flags & F_WRITE)))
+            found = advance(base, size, &cursor, &step)
+        chains.append((head, True, buffers) if found == END else (head, False, []))
     return chains
 
 
@@ -255,6 +270,7 @@ def walk_batch(
     cdef uint16_t head
     cdef uint8_t copied[HEADER_SIZE]
     cdef uint32_t filled, part
+    cdef int found
     cdef Cursor cursor
     cdef Step step
     cdef Header header
@@ -271,8 +287,9 @@ def walk_batch(
         cursor = start(table, queue_size, head)
         filled = 0
         length = 0
-        while advance(base, size, &cursor, &step):
-            if step.flags & F_WRITE or step.address >= size or step.length > size - step.address:
+        found = advance(base, size, &cursor, &step)
+        while found == BUFFER:
+            if step.flags & F_WRITE:
                 raise ValueError("descriptor")
             length += step.length
             part = 0
@@ -280,7 +297,8 @@ def walk_batch(
                 copied[filled] = base[step.address + part]
                 filled += 1
                 part += 1
-        if filled < HEADER_SIZE:
+            found = advance(base, size, &cursor, &step)
+        if found == BROKEN or filled < HEADER_SIZE:
             raise ValueError("chain")
         header = decode(copied)
         total += header.src_port + length

@@ -75,7 +75,7 @@ def oracle() -> Iterator[Oracle]:
     cargo = shutil.which("cargo")
     if cargo is None:
         pytest.skip("cargo is not installed")
-    command = [cargo, "build", "--quiet", "--message-format=json", "-p", "vsock_io"]
+    command = [cargo, "build", "--quiet", "--message-format=json", "-p", "virtio_core"]
     built = subprocess.run(
         [*command, "--example", "packet_oracle"],
         cwd=_ROOT,

@@ -15,11 +15,13 @@ use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{Timespec, epoll};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vsock_io::vhost_user::device::{drain_tx, fill_rx};
-use vsock_io::vhost_user::muxer::{Dialer, MAX_CONNECTIONS, Muxer};
-use vsock_io::vhost_user::packet::{HEADER_SIZE, PacketHeader};
-use vsock_io::vhost_user::queue::Vring;
+use virtio_core::mock::mock_ram;
+use virtio_core::ram::GuestRam;
+use virtio_core::ring::{Ring, RingState};
+use virtio_core::vsock::exchange::Exchange;
+use virtio_core::vsock::muxer::{Dialer, MAX_CONNECTIONS, Muxer};
+use virtio_core::vsock::packet::{HEADER_SIZE, PacketHeader};
+use vm_memory::{Bytes, GuestAddress};
 
 const CID: u64 = 3;
 const SIZE: u16 = 16;
@@ -54,15 +56,20 @@ fn lock(hosts: &Hosts) -> std::sync::MutexGuard<'_, Vec<UnixStream>> {
     hosts.lock().expect("one thread")
 }
 
-fn vring(memory: &GuestMemoryMmap, [table, available, used]: [u64; 3]) -> Vring {
-    let mut vring = Vring::new().expect("constant size");
-    vring.set_size(SIZE).expect("a power of two");
-    vring
-        .set_addresses(table, available, used)
-        .expect("aligned");
-    vring.is_enabled = true;
-    assert!(vring.start(memory));
-    vring
+fn ring(
+    ram: &Arc<GuestRam>,
+    [descriptors, available, used]: [u64; 3],
+    has_event_idx: bool,
+) -> Ring {
+    let state = RingState {
+        size: SIZE,
+        descriptors,
+        available,
+        used,
+        has_event_idx,
+        ..RingState::default()
+    };
+    Ring::new(Arc::clone(ram), state).expect("a sound ring")
 }
 
 /// The rest of the input, taken piece by piece; zeros after its end.
@@ -88,12 +95,11 @@ impl Input<'_> {
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).expect("256 KiB");
-    let (mut rx, mut tx) = (vring(&memory, RX), vring(&memory, TX));
-    if input.byte() & 1 == 1 {
-        rx.set_event_idx(true);
-        tx.set_event_idx(true);
-    }
+    let ram = mock_ram(MEMORY_SIZE);
+    let has_event_idx = input.byte() & 1 == 1;
+    let mut rx = ring(&ram, RX, has_event_idx);
+    let mut tx = ring(&ram, TX, has_event_idx);
+    let mut exchange = Exchange::default();
     let epoll: Arc<OwnedFd> =
         Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).expect("a descriptor"));
     let hosts = Hosts::default();
@@ -124,12 +130,12 @@ fuzz_target!(|data: &[u8]| {
                     fwd_cnt: u32::from(input.word()),
                 };
                 let at = HEADERS + u64::from(input.byte()) * 64;
-                put(&memory, &header.to_bytes(), at);
+                put(&ram, &header.to_bytes(), at);
             }
             // Any bytes for a header.
             2 => {
                 let bytes: [u8; HEADER_SIZE] = input.take();
-                put(&memory, &bytes, HEADERS + u64::from(input.byte()) * 64);
+                put(&ram, &bytes, HEADERS + u64::from(input.byte()) * 64);
             }
             // Any descriptor in either table.
             3 | 4 => {
@@ -139,40 +145,33 @@ fuzz_target!(|data: &[u8]| {
                     0 => u64::from_le_bytes(input.take()),
                     _ => HEADERS + u64::from(input.word()) * 4,
                 };
-                put(&memory, &address.to_le_bytes(), at);
+                put(&ram, &address.to_le_bytes(), at);
                 let len = match input.byte() % 4 {
                     0 => u32::from_le_bytes(input.take()),
                     1 => 44,
                     _ => u32::from(input.word()),
                 };
-                put(&memory, &len.to_le_bytes(), at + 8);
-                put(
-                    &memory,
-                    &[input.byte() % 8, 0, input.byte() % 17, 0],
-                    at + 12,
-                );
+                put(&ram, &len.to_le_bytes(), at + 8);
+                put(&ram, &[input.byte() % 8, 0, input.byte() % 17, 0], at + 12);
             }
             // Make heads available; now and then a nonsensical index.
             5 => {
                 let available = if input.byte() & 1 == 0 { RX[1] } else { TX[1] };
                 let slot = input.byte() % 16;
                 put(
-                    &memory,
+                    &ram,
                     &[input.byte() % 17, 0],
                     available + 4 + u64::from(slot) * 2,
                 );
-                let index: u16 = memory
+                let index: u16 = ram
+                    .mappings()
                     .read_obj(GuestAddress(available + 2))
                     .expect("in range");
                 let step = match input.byte() {
                     255 => input.word(),
                     step => u16::from(step % 3),
                 };
-                put(
-                    &memory,
-                    &index.wrapping_add(step).to_le_bytes(),
-                    available + 2,
-                );
+                put(&ram, &index.wrapping_add(step).to_le_bytes(), available + 2);
             }
             6 => host_acts(&mut input, &mut muxer, &hosts),
             7 => {
@@ -190,8 +189,8 @@ fuzz_target!(|data: &[u8]| {
                     muxer.on_socket(event.data.u64(), event.flags, true);
                 }
                 // A broken ring stops the device: the end of this run.
-                if drain_tx(&mut muxer, &memory, &mut tx).is_err()
-                    || fill_rx(&mut muxer, &memory, &mut rx).is_err()
+                if exchange.drain_tx(&mut muxer, &mut tx).is_err()
+                    || exchange.fill_rx(&mut muxer, &mut rx).is_err()
                 {
                     return;
                 }
@@ -203,8 +202,8 @@ fuzz_target!(|data: &[u8]| {
     lock(&hosts).clear();
 });
 
-fn put(memory: &GuestMemoryMmap, bytes: &[u8], at: u64) {
-    memory
+fn put(ram: &GuestRam, bytes: &[u8], at: u64) {
+    ram.mappings()
         .write_slice(bytes, GuestAddress(at))
         .expect("in range");
 }

@@ -9,6 +9,8 @@ use std::path::Path;
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTimeoutError, PyValueError};
 use pyo3::{PyErr, create_exception};
 use rustix::io::Errno;
+use virtio_core::vsock::hybrid::HybridError;
+use virtio_core::vsock::listener::ListenError;
 use vmm_core::boot::BootError;
 use vmm_core::kvm::KvmError;
 use vmm_core::snapshot::SnapshotError;
@@ -118,14 +120,23 @@ fn reactor_error(error: &ReactorError, text: &str) -> PyErr {
 
 fn device_error(error: DeviceError, text: &str) -> PyErr {
     match error {
-        DeviceError::Listen { path, source } => path_error(&source, text, &path),
-        DeviceError::System {
+        DeviceError::Hybrid(HybridError::Listen(ListenError { path, source })) => {
+            path_error(&source, text, &path)
+        }
+        DeviceError::Hybrid(HybridError::System {
+            operation: _,
+            source,
+        })
+        | DeviceError::System {
             operation: _,
             source,
         } => os_error(&source, text, None),
         DeviceError::Disconnected
         | DeviceError::Protocol(_)
-        | DeviceError::Queue { name: _, source: _ } => PyRuntimeError::new_err(text.to_owned()),
+        | DeviceError::Hybrid(HybridError::Ring {
+            index: _,
+            source: _,
+        }) => PyRuntimeError::new_err(text.to_owned()),
     }
 }
 

@@ -15,7 +15,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 use std::sync::Arc;
 
-use crate::ram::{GuestRam, HostRange};
+use crate::host_range::HostRange;
+use crate::ram::GuestRam;
 
 /// Ranges given to one system call; what does not fit takes another.
 pub const MAX_RANGES_PER_CALL: usize = 64;
@@ -25,6 +26,8 @@ pub const MAX_RANGES_PER_CALL: usize = 64;
 pub struct GuestBuffers {
     /// Keeps the mappings under `ranges`.
     ram: Arc<GuestRam>,
+    /// Keeps those under ranges that were appended from before the memory grew.
+    also: Vec<Arc<GuestRam>>,
     ranges: Vec<HostRange>,
     len: usize,
 }
@@ -50,6 +53,7 @@ impl GuestBuffers {
     pub fn new(ram: Arc<GuestRam>) -> Self {
         Self {
             ram,
+            also: Vec::new(),
             ranges: Vec::new(),
             len: 0,
         }
@@ -61,12 +65,15 @@ impl GuestBuffers {
     }
 
     /// Forget all ranges; the room for them is kept.
+    #[inline]
     pub fn clear(&mut self) {
         self.ranges.clear();
+        self.also.clear();
         self.len = 0;
     }
 
     /// Forget all ranges and go on in other memory.
+    #[inline]
     pub fn reset(&mut self, ram: &Arc<GuestRam>) {
         self.clear();
         if !Arc::ptr_eq(&self.ram, ram) {
@@ -75,21 +82,35 @@ impl GuestBuffers {
     }
 
     /// Add `len` bytes at guest `address`. False: not all of them are memory; nothing was added.
+    #[inline]
     pub fn push(&mut self, address: u64, len: usize) -> bool {
-        let before = (self.ranges.len(), self.len);
+        match self.ram.prefix(address, len) {
+            _ if len == 0 => true,
+            Some(range) if range.len == len => {
+                self.ranges.push(range);
+                self.len += len;
+                true
+            }
+            _ => self.push_pieces(address, len),
+        }
+    }
+
+    /// As `push`, over as many mappings as it takes.
+    #[cold]
+    fn push_pieces(&mut self, address: u64, len: usize) -> bool {
+        let before = self.ranges.len();
         let (mut address, mut rest) = (address, len);
         while rest > 0 {
             let Some(range) = self.ram.prefix(address, rest) else {
-                self.ranges.truncate(before.0);
-                self.len = before.1;
+                self.ranges.truncate(before);
                 return false;
             };
             self.ranges.push(range);
-            self.len += range.len;
             rest -= range.len;
-            // Past the last address only when nothing is left.
+            // Past the last address only when nothing is left, or when nothing follows.
             address = address.wrapping_add(range.len as u64);
         }
+        self.len += len;
         true
     }
 
@@ -122,78 +143,117 @@ impl GuestBuffers {
     /// The `len` bytes from `offset`; fewer if the buffers end before.
     #[must_use]
     pub fn range(&self, offset: usize, len: usize) -> Self {
-        let mut part = Self::new(Arc::clone(&self.ram));
-        self.for_each(offset, len, |range| {
-            part.ranges.push(range);
-            part.len += range.len;
-        });
-        part
+        let ranges: Vec<_> = self.pieces(offset, len).collect();
+        Self {
+            ram: Arc::clone(&self.ram),
+            also: self.also.clone(),
+            len: ranges.iter().map(|range| range.len).sum(),
+            ranges,
+        }
     }
 
-    /// Append the memory of `other`, which is of the same guest.
+    /// Append `len` bytes of `other` from `offset` on; fewer if it ends before.
+    pub fn append_range(&mut self, other: &Self, offset: usize, len: usize) {
+        if !Arc::ptr_eq(&self.ram, &other.ram) {
+            self.also.push(Arc::clone(&other.ram));
+        }
+        self.also.extend(other.also.iter().cloned());
+        for piece in other.pieces(offset, len) {
+            self.len += piece.len;
+            self.ranges.push(piece);
+        }
+    }
+
+    /// Append the memory of `other`.
     pub fn append(&mut self, mut other: Self) {
-        debug_assert!(Arc::ptr_eq(&self.ram, &other.ram), "one guest's memory");
+        if !other.ranges.is_empty() && !Arc::ptr_eq(&self.ram, &other.ram) {
+            self.also.push(other.ram);
+        }
+        self.also.append(&mut other.also);
         self.len += other.len;
         self.ranges.append(&mut other.ranges);
     }
 
-    /// Call `each` with the ranges that make up `len` bytes from `offset`; gives the bytes seen.
-    fn for_each(&self, offset: usize, len: usize, mut each: impl FnMut(HostRange)) -> usize {
+    /// The ranges that make up `len` bytes from `offset`, or as many bytes as there are.
+    #[inline]
+    fn pieces(&self, offset: usize, len: usize) -> impl Iterator<Item = HostRange> + '_ {
         let (mut skip, mut rest) = (offset, len);
-        for range in &self.ranges {
-            if rest == 0 {
-                break;
-            }
-            if skip >= range.len {
+        let mut ranges = self.ranges.iter();
+        std::iter::from_fn(move || {
+            while rest > 0 {
+                let range = ranges.next()?;
+                if let Some(piece) = range.part(skip, rest) {
+                    skip = 0;
+                    rest -= piece.len;
+                    return Some(piece);
+                }
+                // The range is no longer than what is to be skipped.
                 skip -= range.len;
-                continue;
             }
-            let count = rest.min(range.len - skip);
-            each(HostRange {
-                base: range.base.wrapping_add(skip),
-                len: count,
-            });
-            rest -= count;
-            skip = 0;
-        }
-        len - rest
+            None
+        })
     }
 
     /// Copy bytes from `offset` on out; gives how many there were.
     pub fn copy_to(&self, offset: usize, target: &mut [u8]) -> usize {
-        let mut at = target.as_mut_ptr();
-        self.for_each(offset, target.len(), |range| {
-            // SAFETY: the range lies in a mapping that `self.ram` keeps; `for_each` gives at most
-            // `target.len()` bytes in all, so `at` has room for this many; the two do not overlap,
-            // because no Rust object lives in guest memory. The guest may write at the same time:
-            // the bytes are plain data, and each is read once.
-            unsafe { ptr::copy_nonoverlapping(range.base.cast_const(), at, range.len) };
-            at = at.wrapping_add(range.len);
-        })
+        let mut done = 0;
+        for piece in self.pieces(offset, target.len()) {
+            let at = target.as_mut_ptr().wrapping_add(done);
+            // SAFETY: `self` keeps the memory that the piece is of; the pieces are at most
+            // `target.len()` bytes in all, so there is room for this one after the `done` before
+            // it; the target is a Rust slice, which no guest memory is.
+            unsafe { piece.copy_to(at) };
+            done += piece.len;
+        }
+        done
     }
 
     /// Copy `source` in from `offset` on; gives how many bytes fitted.
     pub fn copy_from(&self, offset: usize, source: &[u8]) -> usize {
-        let mut at = source.as_ptr();
-        self.for_each(offset, source.len(), |range| {
-            // SAFETY: as in `copy_to`, with the directions exchanged; mappings are writable.
-            unsafe { ptr::copy_nonoverlapping(at, range.base, range.len) };
-            at = at.wrapping_add(range.len);
-        })
+        let mut done = 0;
+        for piece in self.pieces(offset, source.len()) {
+            let at = source.as_ptr().wrapping_add(done);
+            // SAFETY: as in `copy_to`, with the directions exchanged.
+            unsafe { piece.copy_from(at) };
+            done += piece.len;
+        }
+        done
     }
 
     /// Set `len` bytes from `offset` on to zero; gives how many there were.
     pub fn fill_zero(&self, offset: usize, len: usize) -> usize {
-        self.for_each(offset, len, |range| {
-            // SAFETY: the range lies in a writable mapping that `self.ram` keeps.
-            unsafe { ptr::write_bytes(range.base, 0, range.len) };
-        })
+        let mut done = 0;
+        for piece in self.pieces(offset, len) {
+            // SAFETY: `self` keeps the memory that the piece is of.
+            unsafe { piece.fill_zero() };
+            done += piece.len;
+        }
+        done
     }
 
     /// Copy a plain value out, if there are bytes enough from `offset` on.
+    #[inline]
     pub fn read_array<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         let mut bytes = [0; N];
+        // Nearly always a header that a driver put into one range.
+        let first = self.ranges.first().and_then(|range| range.part(offset, N));
+        if let Some(HostRange { base, len }) = first
+            && len == N
+        {
+            let piece = HostRange { base, len: N };
+            // SAFETY: `self` keeps the memory that the piece is of, and the array has N bytes.
+            unsafe { piece.copy_to(bytes.as_mut_ptr()) };
+            return Some(bytes);
+        }
         (self.copy_to(offset, &mut bytes) == N).then_some(bytes)
+    }
+
+    /// Guest address and length of each range, as the driver named them where no mapping ended.
+    pub fn guest_ranges(&self) -> impl Iterator<Item = (u64, usize)> {
+        let address = |range: &HostRange| self.ram.guest_address(range);
+        self.ranges
+            .iter()
+            .filter_map(move |range| Some((address(range)?, range.len)))
     }
 
     /// The first ranges of `len` bytes from `offset` on, for one system call.
@@ -208,16 +268,14 @@ impl GuestBuffers {
             len: 0,
             _buffers: self,
         };
-        self.for_each(offset, len, |range| {
-            if let Some(entry) = iovecs.entries.get_mut(iovecs.count) {
-                *entry = libc::iovec {
-                    iov_base: range.base.cast(),
-                    iov_len: range.len,
-                };
-                iovecs.count += 1;
-                iovecs.len += range.len;
-            }
-        });
+        for (entry, piece) in iovecs.entries.iter_mut().zip(self.pieces(offset, len)) {
+            *entry = libc::iovec {
+                iov_base: piece.base.cast(),
+                iov_len: piece.len,
+            };
+            iovecs.count += 1;
+            iovecs.len += piece.len;
+        }
         iovecs
     }
 

@@ -23,10 +23,10 @@ pub enum ChainError {
         /// Entries of the table.
         table_len: u32,
     },
-    /// more descriptors than entries: a loop
+    /// more descriptors than entries, so a loop; or than any driver has use for
     #[error("chain of more than {limit} descriptors")]
     TooLong {
-        /// Entries of the ring or of the indirect table.
+        /// Entries of the ring or of the indirect table, at most what is followed.
         limit: u32,
     },
     /// a range that is not memory
@@ -66,6 +66,8 @@ pub struct Chain {
     pub readable: GuestBuffers,
     /// Where the device writes.
     pub writable: GuestBuffers,
+    /// A descriptor was writable, be it of no bytes: all that follow have to be.
+    has_writable: bool,
 }
 
 impl Chain {
@@ -75,17 +77,21 @@ impl Chain {
             head: 0,
             readable: GuestBuffers::new(Arc::clone(ram)),
             writable: GuestBuffers::new(Arc::clone(ram)),
+            has_writable: false,
         }
     }
 
     /// Start anew with another head.
+    #[inline]
     pub(crate) fn reset(&mut self, ram: &Arc<GuestRam>, head: u16) {
         self.head = head;
         self.readable.reset(ram);
         self.writable.reset(ram);
+        self.has_writable = false;
     }
 
-    /// Add a descriptor's range.
+    /// Add a descriptor's range. One of no bytes adds nothing, wherever it is.
+    #[inline]
     pub(crate) fn push(
         &mut self,
         address: u64,
@@ -93,11 +99,12 @@ impl Chain {
         is_writable: bool,
     ) -> Result<(), ChainError> {
         let buffers = if is_writable {
+            self.has_writable = true;
             &mut self.writable
-        } else if self.writable.is_empty() {
-            &mut self.readable
-        } else {
+        } else if self.has_writable {
             return Err(ChainError::Order { address });
+        } else {
+            &mut self.readable
         };
         if !buffers.push(address, len as usize) {
             return Err(ChainError::NotMemory { address, len });

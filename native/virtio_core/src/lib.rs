@@ -5,20 +5,25 @@
 //! - [`ring::Ring`]: one split virtqueue (virtio 1.2, section 2.7), device side.
 //! - [`chain::Chain`]: one request of the driver, checked, as readable and writable buffers.
 //! - [`buffers::GuestBuffers`]: moving bytes between guest memory and files, sockets or slices.
+//! - [`vsock`]: the socket device itself, which two transports share.
 //!
 //! The guest changes its memory at any time. Rings and descriptors are therefore copied out once,
 //! checked, and used from the copy; payload is touched only by volatile copies and by the kernel,
-//! never through Rust references. Nothing here knows KVM, vhost-user or a device type.
+//! never through Rust references. Nothing here knows KVM or vhost-user.
 
 #![deny(unsafe_code)]
 
+mod area;
 pub mod buffers;
 pub mod chain;
+pub mod discard;
+mod host_range;
 mod index;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
 pub mod ram;
 pub mod ring;
+pub mod vsock;
 
 /// Feature bits every device built on this crate offers (virtio 1.2, section 6).
 pub mod features {

@@ -4,9 +4,11 @@
 //! none should: every field can also be written raw. [`MockRam`] makes memory to put it in.
 
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use crate::index;
 use crate::ram::GuestRam;
 use crate::ring::{Ring, RingError, RingState};
 
@@ -66,6 +68,7 @@ pub struct MockDriver {
     state: RingState,
     next_descriptor: u16,
     available_index: u16,
+    kicked_index: u16,
     last_used: u16,
 }
 
@@ -92,6 +95,7 @@ impl MockDriver {
             },
             next_descriptor: 0,
             available_index: 0,
+            kicked_index: 0,
             last_used: 0,
         };
         driver.write(base, &zeros);
@@ -143,6 +147,11 @@ impl MockDriver {
     pub fn put_descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
         let at = self.state.descriptors + u64::from(index) * 16;
         self.write(at, &descriptor_bytes(address, len, flags, next));
+    }
+
+    /// The head that the next chain added will have.
+    pub fn next_head(&self) -> u16 {
+        self.next_descriptor
     }
 
     /// Add a chain and make it available; gives its head. Descriptors are taken in turn, so a
@@ -221,6 +230,21 @@ impl MockDriver {
     /// The device's wish, without event indices: no kicks.
     pub fn is_kick_unwanted(&self) -> bool {
         self.u16_at(self.state.used) & 1 != 0
+    }
+
+    /// Whether the device wants to hear of what was added since this was asked last.
+    pub fn needs_kick(&mut self, has_event_idx: bool) -> bool {
+        let (new, old) = (self.available_index, self.kicked_index);
+        self.kicked_index = new;
+        // The index has to be visible before the device's wish is read, as in the device.
+        fence(Ordering::SeqCst);
+        if new == old {
+            false
+        } else if has_event_idx {
+            index::has_passed(self.available_event(), new, old)
+        } else {
+            !self.is_kick_unwanted()
+        }
     }
 
     /// What the device has given back since the last time.

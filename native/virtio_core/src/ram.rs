@@ -5,39 +5,22 @@
 //! keeps the host addresses they hold valid. Memory added later makes a new `GuestRam` that
 //! shares the old mappings; rings are given it by `Ring::set_memory`.
 
-#![expect(
-    unsafe_code,
-    reason = "host addresses are handed to those who move bytes"
-)]
+#![expect(unsafe_code, reason = "guest memory is copied out")]
 
 use std::any::Any;
 use std::fmt;
-use std::ptr;
 use std::sync::Arc;
 
 use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
-/// A range of host memory that the guest can write at any time.
-///
-/// Only made by [`GuestRam`], for ranges inside of its mappings: whoever holds one also holds the
-/// `Arc<GuestRam>` it came from.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct HostRange {
-    /// First byte, in this process.
-    pub(crate) base: *mut u8,
-    /// Bytes.
-    pub(crate) len: usize,
-}
+use crate::discard::{Backing, DiscardError, PAGE_SIZE};
+use crate::host_range::HostRange;
 
-// SAFETY: a pair of numbers; access through it is unsafe and argued where it happens.
-unsafe impl Send for HostRange {}
-// SAFETY: as above.
-unsafe impl Sync for HostRange {}
-
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Region {
     start: u64,
     range: HostRange,
+    backing: Backing,
 }
 
 /// The guest's memory: mappings, and where they are.
@@ -57,7 +40,8 @@ impl fmt::Debug for GuestRam {
 }
 
 impl GuestRam {
-    /// Take over mappings that unmap themselves.
+    /// Take over mappings that unmap themselves. Those that this process may not both read and
+    /// write are kept, but are no memory to devices: an access to them would be a fault.
     pub fn new(mappings: GuestMemoryMmap) -> Arc<Self> {
         Self::make(mappings, None)
     }
@@ -68,8 +52,10 @@ impl GuestRam {
     }
 
     fn make(mappings: GuestMemoryMmap, owner: Option<Box<dyn Any + Send + Sync>>) -> Arc<Self> {
+        const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
         let regions = mappings
             .iter()
+            .filter(|region| region.prot() & PROTECTION == PROTECTION)
             .map(|region| Region {
                 start: region.start_addr().raw_value(),
                 range: HostRange {
@@ -77,6 +63,7 @@ impl GuestRam {
                     // The length of a mapping in this process.
                     len: usize::try_from(region.len()).unwrap_or(0),
                 },
+                backing: Backing::of(region),
             })
             .collect();
         Arc::new(Self {
@@ -91,7 +78,7 @@ impl GuestRam {
         &self.mappings
     }
 
-    /// Bytes in all.
+    /// Bytes that devices can reach.
     pub fn size(&self) -> u64 {
         self.regions
             .iter()
@@ -116,43 +103,76 @@ impl GuestRam {
         let Some(range) = self.prefix(address, target.len()) else {
             return 0;
         };
-        // SAFETY: the range lies in a mapping of ours and is no longer than the target; no Rust
-        // object lives in guest memory, so they do not overlap. Plain bytes, read once.
-        unsafe {
-            ptr::copy_nonoverlapping(range.base.cast_const(), target.as_mut_ptr(), range.len);
-        };
+        // SAFETY: `self` is the memory the range came from, and the target is a Rust slice, which
+        // no guest memory is, of at least this length.
+        unsafe { range.copy_to(target.as_mut_ptr()) };
         range.len
     }
 
+    /// The region that has `address`, and how far into it that is.
+    #[inline]
+    fn find(&self, address: u64) -> Option<(&Region, usize)> {
+        self.regions.iter().find_map(|region| {
+            // Below the region this wraps to more than any mapping's length.
+            let offset = usize::try_from(address.wrapping_sub(region.start)).ok()?;
+            (offset < region.range.len).then_some((region, offset))
+        })
+    }
+
     /// The host's range for as much of `len` bytes at guest `address` as one mapping holds: at
-    /// least one byte, `None` if no mapping has `address`.
+    /// least one byte if `len` is not 0, `None` if no mapping has `address`.
+    #[inline]
     pub(crate) fn prefix(&self, address: u64, len: usize) -> Option<HostRange> {
-        for region in &self.regions {
-            let Some(offset) = address.checked_sub(region.start) else {
-                continue;
-            };
-            let Ok(offset) = usize::try_from(offset) else {
-                continue;
-            };
-            if offset < region.range.len {
-                return Some(HostRange {
-                    base: region.range.base.wrapping_add(offset),
-                    len: len.min(region.range.len - offset),
-                });
-            }
-        }
-        None
+        let (region, offset) = self.find(address)?;
+        region.range.part(offset, len)
     }
 
     /// The host's range for exactly `len` bytes at guest `address`, if one mapping holds them.
+    #[inline]
     pub(crate) fn contiguous(&self, address: u64, len: usize) -> Option<HostRange> {
         self.prefix(address, len).filter(|range| range.len == len)
+    }
+
+    /// Give whole pages back to the host. The guest finds zeros there, or what a file under a
+    /// private mapping has.
+    ///
+    /// # Errors
+    /// These are no whole pages of memory, or the host refused some of them; others may be gone.
+    pub fn discard(&self, address: u64, len: u64) -> Result<(), DiscardError> {
+        if !(address | len).is_multiple_of(PAGE_SIZE) {
+            return Err(DiscardError::Alignment { address, len });
+        }
+        let not_memory = || DiscardError::NotMemory { address, len };
+        let mut done = 0;
+        while done < len {
+            let at = address.checked_add(done).ok_or_else(not_memory)?;
+            let (region, offset) = self.find(at).ok_or_else(not_memory)?;
+            let rest = usize::try_from(len - done).unwrap_or(usize::MAX);
+            let range = region.range.part(offset, rest).ok_or_else(not_memory)?;
+            let discarded = region.backing.discard(range, offset as u64);
+            discarded.map_err(|source| DiscardError::System {
+                address: at,
+                len: range.len as u64,
+                source,
+            })?;
+            done += range.len as u64;
+        }
+        Ok(())
+    }
+
+    /// The guest's address of a range that was made from this memory.
+    pub(crate) fn guest_address(&self, range: &HostRange) -> Option<u64> {
+        self.regions.iter().find_map(|region| {
+            let offset = range.base.addr().checked_sub(region.range.base.addr())?;
+            (offset < region.range.len).then_some(region.start + offset as u64)
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestAddress;
+    use vm_memory::mmap::MmapRegionBuilder;
+    use vm_memory::{GuestAddress, GuestRegionMmap};
 
     use super::*;
 
@@ -181,5 +201,39 @@ mod tests {
         }
         assert!(ram.contiguous(0x1fff, 2).is_none());
         assert!(ram.contiguous(0x1_0000_0fff, 1).is_some());
+    }
+
+    #[test]
+    fn what_are_no_whole_pages_of_memory_is_not_discarded() {
+        let ram = ram();
+        for (address, len) in [(1, PAGE_SIZE), (0, 1), (0x800, 0x800)] {
+            let error = ram.discard(address, len).unwrap_err();
+            assert!(matches!(error, DiscardError::Alignment { .. }), "{error}");
+        }
+        let last = u64::MAX - 0xfff;
+        for (address, len) in [
+            (0x3000, PAGE_SIZE),
+            (0x2000, 2 * PAGE_SIZE),
+            (last, PAGE_SIZE),
+            (last, 2 * PAGE_SIZE),
+            (0x1_0000_0000, last),
+        ] {
+            let error = ram.discard(address, len).unwrap_err();
+            assert!(matches!(error, DiscardError::NotMemory { .. }), "{error}");
+        }
+        // Over the seam of two mappings, and nothing at all.
+        ram.discard(0x1000, 2 * PAGE_SIZE).unwrap();
+        ram.discard(0x9000, 0).unwrap();
+    }
+
+    #[test]
+    fn what_may_not_be_written_is_no_memory_to_devices() {
+        let mapping = MmapRegionBuilder::new(0x1000)
+            .with_mmap_prot(libc::PROT_READ)
+            .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE);
+        let region = GuestRegionMmap::new(mapping.build().unwrap(), GuestAddress(0)).unwrap();
+        let ram = GuestRam::new(GuestMemoryMmap::from_regions(vec![region]).unwrap());
+        assert!(ram.prefix(0, 1).is_none());
+        assert_eq!((ram.size(), ram.mappings().num_regions()), (0, 1));
     }
 }

@@ -8,21 +8,25 @@
 //!
 //! ```text
 //!   pop ─► Chain ─► (device works) ─► complete ─► … ─► needs_signal? ─► interrupt, once per batch
+//!    └─ none left ─► enable_kicks: true ─► pop again
+//!                                └─ false ─► wait for a kick ─► disable_kicks ─► pop
 //! ```
 //!
-//! Used by one thread at a time; the device that owns it decides which.
+//! Both sides sleep on a promise of the other. Each therefore first publishes (the index, or its
+//! wish to be told), then fences, then reads what the other published: whichever comes second
+//! sees the first, so one of the two always acts. Used by one thread at a time.
 
-#![expect(unsafe_code, reason = "loads and stores in the guest's memory")]
-
+use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::area::{Area, DESCRIPTOR_SIZE, Descriptor};
 use crate::chain::{Chain, ChainError};
 use crate::index;
-use crate::ram::{GuestRam, HostRange};
+use crate::ram::GuestRam;
 
 /// `VIRTQ_DESC_F_NEXT`, `_WRITE`, `_INDIRECT` (virtio 1.2, 2.7.5).
 const DESCRIPTOR_NEXT: u16 = 1;
@@ -30,15 +34,21 @@ const DESCRIPTOR_WRITE: u16 = 2;
 const DESCRIPTOR_INDIRECT: u16 = 4;
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`, `VIRTQ_USED_F_NO_NOTIFY`.
 const NO_SIGNAL: u16 = 1;
-const DESCRIPTOR_SIZE: usize = 16;
-const USED_ELEMENT_SIZE: usize = 8;
+const AVAILABLE_ENTRY_SIZE: usize = 2;
+const USED_ENTRY_SIZE: usize = 8;
+/// `flags` and `idx` of either ring.
+const FLAGS_OFFSET: usize = 0;
+const INDEX_OFFSET: usize = 2;
 /// `flags` and `idx` before the entries, the event index after them.
 const RING_HEADER_SIZE: usize = 4;
 const EVENT_SIZE: usize = 2;
 /// The largest ring (virtio 1.2, 2.7).
 pub const MAX_SIZE: u16 = 1 << 15;
-/// Entries of the largest indirect table that is looked at.
+/// Entries of the largest indirect table that is looked at: what `next` can name.
 const MAX_INDIRECT_LEN: u32 = 1 << 16;
+/// Descriptors of an indirect table that are followed in a smaller ring. No chain may be longer
+/// than the ring (2.7.5.3.1), but drivers that count on QEMU's limit, which this is, are.
+const MIN_CHAIN_LIMIT: u32 = 1024;
 
 /// Why a ring cannot be used, or not any more.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -54,7 +64,7 @@ pub enum RingError {
         /// Its guest address.
         address: u64,
         /// What it has to be a multiple of.
-        alignment: u64,
+        alignment: u16,
     },
     /// an area is not inside of the guest's memory
     #[error("{area} at {address:#x} is not inside of guest memory")]
@@ -82,6 +92,15 @@ pub enum RingError {
         /// Entries.
         size: u16,
     },
+    /// chain after chain that breaks a rule; the driver could keep its device busy with nothing
+    #[error("more than {limit} malformed chains in a row")]
+    Malformed {
+        /// Entries of the ring.
+        limit: u16,
+        /// What the last one broke.
+        #[source]
+        source: ChainError,
+    },
 }
 
 /// What the driver said of a ring, and how far it was worked through: enough to make it again.
@@ -103,27 +122,26 @@ pub struct RingState {
     pub next_used: u16,
 }
 
+/// Where the event index follows the entries: the driver's wish in the available ring, the
+/// device's in the used ring (2.7.6, 2.7.8).
+fn event_offset(size: u16, entry_size: usize) -> usize {
+    RING_HEADER_SIZE + usize::from(size) * entry_size
+}
+
 /// A ring in use.
 #[derive(Debug)]
 pub struct Ring {
     ram: Arc<GuestRam>,
     state: RingState,
-    descriptors: HostRange,
-    available: HostRange,
-    used: HostRange,
-    /// `next_used` when the driver was last told, or found not to want to know.
-    signalled_used: u16,
+    descriptors: Area,
+    available: Area,
+    used: Area,
+    /// Completed since the driver was last told, or found not to want to know.
+    unsignalled: u32,
     malformed_chains: u64,
+    /// Malformed chains since the last sound one.
+    malformed_run: u16,
     last_malformed: Option<ChainError>,
-}
-
-/// A descriptor, as the driver had written it when it was read.
-#[derive(Clone, Copy)]
-struct Descriptor {
-    address: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
 }
 
 impl Ring {
@@ -135,21 +153,23 @@ impl Ring {
         if !state.size.is_power_of_two() || state.size > MAX_SIZE {
             return Err(RingError::Size(state.size));
         }
-        let size = usize::from(state.size);
-        let find = |area: &'static str, address: u64, alignment: u64, len: usize| {
-            if !address.is_multiple_of(alignment) {
-                return Err(RingError::Alignment {
-                    area,
-                    address,
-                    alignment,
-                });
+        let find = |area: &'static str, address: u64, alignment: u16, len: usize| {
+            let found = Area::find(&ram, address, len);
+            let found = found.ok_or(RingError::NotMemory { area, address })?;
+            let is_aligned = address.is_multiple_of(u64::from(alignment));
+            if is_aligned && found.is_aligned(usize::from(alignment)) {
+                return Ok(found);
             }
-            ram.contiguous(address, len)
-                .ok_or(RingError::NotMemory { area, address })
+            Err(RingError::Alignment {
+                area,
+                address,
+                alignment,
+            })
         };
-        let table_len = size * DESCRIPTOR_SIZE;
-        let available_len = RING_HEADER_SIZE + size * 2 + EVENT_SIZE;
-        let used_len = RING_HEADER_SIZE + size * USED_ELEMENT_SIZE + EVENT_SIZE;
+        let table_len = usize::from(state.size) * DESCRIPTOR_SIZE;
+        let available_len = event_offset(state.size, AVAILABLE_ENTRY_SIZE) + EVENT_SIZE;
+        let used_len = event_offset(state.size, USED_ENTRY_SIZE) + EVENT_SIZE;
+        let is_fresh = state.next_available == 0 && state.next_used == 0;
         let descriptors = find("descriptor table", state.descriptors, 16, table_len)?;
         let available = find("available ring", state.available, 2, available_len)?;
         let used = find("used ring", state.used, 4, used_len)?;
@@ -159,8 +179,11 @@ impl Ring {
             descriptors,
             available,
             used,
-            signalled_used: state.next_used,
+            // A ring that was worked on before may have been taken over between completing and
+            // telling: tell once too often rather than never.
+            unsignalled: if is_fresh { 0 } else { u32::MAX },
             malformed_chains: 0,
+            malformed_run: 0,
             last_malformed: None,
         })
     }
@@ -185,14 +208,11 @@ impl Ring {
     /// # Errors
     /// It does not, so the areas are lost; the ring is as it was.
     pub fn set_memory(&mut self, ram: Arc<GuestRam>) -> Result<(), RingError> {
-        let signalled_used = self.signalled_used;
         let made = Self::new(ram, self.state)?;
-        *self = Self {
-            signalled_used,
-            malformed_chains: self.malformed_chains,
-            last_malformed: self.last_malformed,
-            ..made
-        };
+        self.ram = made.ram;
+        self.descriptors = made.descriptors;
+        self.available = made.available;
+        self.used = made.used;
         Ok(())
     }
 
@@ -201,109 +221,118 @@ impl Ring {
         (self.malformed_chains, self.last_malformed)
     }
 
-    // --- loads and stores ----------------------------------------------------------------------
-
-    /// A 16-bit field of the available or used ring.
-    fn field(area: &HostRange, offset: usize) -> &AtomicU16 {
-        debug_assert!(
-            offset + 2 <= area.len && offset.is_multiple_of(2),
-            "in the area"
-        );
-        // SAFETY: every caller's offset is even and at least two bytes before the end of the area
-        // (sizes are set in `new`), areas start at even addresses (guest alignment was checked,
-        // mappings are page-aligned), and the mapping lives as long as the ring. The driver's
-        // accesses are as another processor's; ours are all atomic.
-        unsafe { AtomicU16::from_ptr(area.base.wrapping_add(offset).cast()) }
-    }
-
-    fn available_index(&self) -> u16 {
-        u16::from_le(Self::field(&self.available, 2).load(Ordering::Acquire))
-    }
-
-    fn descriptor(table: &HostRange, index: usize) -> Descriptor {
-        debug_assert!((index + 1) * DESCRIPTOR_SIZE <= table.len, "in the table");
-        let at = table.base.wrapping_add(index * DESCRIPTOR_SIZE);
-        // SAFETY: every caller's index is inside of the table, whose mapping lives as long as the
-        // ring. Any bytes are a valid array; an unaligned read asks for no alignment, and a
-        // volatile one is done exactly once, so later code sees one copy.
-        let bytes: [u8; DESCRIPTOR_SIZE] =
-            unsafe { at.cast::<[u8; DESCRIPTOR_SIZE]>().read_volatile() };
-        let word = u128::from_le_bytes(bytes);
-        #[expect(clippy::cast_possible_truncation, reason = "fields of the word")]
-        Descriptor {
-            address: word as u64,
-            len: (word >> 64) as u32,
-            flags: (word >> 96) as u16,
-            next: (word >> 112) as u16,
-        }
-    }
-
     // --- taking requests -----------------------------------------------------------------------
 
-    /// Take the next request into `chain`. False: there is none for now.
+    /// Acquire: the entries and descriptors before the index are seen with it.
+    #[inline]
+    fn available_index(&self) -> u16 {
+        self.available.load(INDEX_OFFSET, Ordering::Acquire)
+    }
+
+    /// The head of the next chain, if there is one.
+    #[inline]
+    fn next_head(&mut self) -> Result<Option<u16>, RingError> {
+        let RingState {
+            size,
+            next_available: from,
+            ..
+        } = self.state;
+        let to = self.available_index();
+        let count = index::pending(to, from, size);
+        if count.ok_or(RingError::AvailableIndex { from, to, size })? == 0 {
+            return Ok(None);
+        }
+        let slot = usize::from(index::slot(from, size));
+        let entry = RING_HEADER_SIZE + slot * AVAILABLE_ENTRY_SIZE;
+        let head = self.available.load(entry, Ordering::Relaxed);
+        if head >= size {
+            return Err(RingError::Head { head, size });
+        }
+        self.state.next_available = from.wrapping_add(1);
+        Ok(Some(head))
+    }
+
+    /// Take the next request into `chain`. False: there is none for now, and `chain` is as it was.
     ///
     /// Chains that break a rule are given back at once, with length 0, and counted.
     ///
     /// # Errors
-    /// The driver's indices make no sense: give the ring up.
+    /// The driver's indices make no sense, or it sends nothing but malformed chains: give the
+    /// ring up.
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        loop {
-            let next = self.state.next_available;
-            let to = self.available_index();
-            let size = self.state.size;
-            match index::pending(to, next, size) {
-                Some(0) => return Ok(false),
-                Some(_) => {}
-                None => {
-                    return Err(RingError::AvailableIndex {
-                        from: next,
-                        to,
-                        size,
-                    });
-                }
-            }
-            let slot = usize::from(index::slot(next, size));
-            let entry = Self::field(&self.available, RING_HEADER_SIZE + slot * 2);
-            let head = u16::from_le(entry.load(Ordering::Relaxed));
-            if head >= size {
-                return Err(RingError::Head { head, size });
-            }
-            self.state.next_available = next.wrapping_add(1);
+        while let Some(head) = self.next_head()? {
             chain.reset(&self.ram, head);
             match self.gather(head, chain) {
-                Ok(()) => return Ok(true),
-                Err(error) => {
-                    self.malformed_chains += 1;
-                    self.last_malformed = Some(error);
-                    self.complete(head, 0);
+                Ok(()) => {
+                    self.malformed_run = 0;
+                    return Ok(true);
                 }
+                Err(error) => self.refuse(head, error)?,
             }
         }
+        Ok(false)
+    }
+
+    /// Give a malformed chain back. Bounded, or a driver could hold the device's thread here by
+    /// adding them as fast as they are refused.
+    #[cold]
+    fn refuse(&mut self, head: u16, source: ChainError) -> Result<(), RingError> {
+        self.malformed_chains = self.malformed_chains.saturating_add(1);
+        self.last_malformed = Some(source);
+        self.complete(head, 0);
+        let limit = self.state.size;
+        if self.malformed_run == limit {
+            return Err(RingError::Malformed { limit, source });
+        }
+        self.malformed_run += 1;
+        Ok(())
+    }
+
+    /// As [`Ring::pop`], while requests are held that may yet go back by [`Ring::unpop`]. False
+    /// also if the next chain breaks a rule: it waits for a `pop`, since those held have to stay
+    /// the last ones taken.
+    ///
+    /// # Errors
+    /// As [`Ring::pop`].
+    pub fn pop_another(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
+        let Some(head) = self.next_head()? else {
+            return Ok(false);
+        };
+        chain.reset(&self.ram, head);
+        let is_sound = self.gather(head, chain).is_ok();
+        if !is_sound {
+            self.unpop(1);
+        }
+        Ok(is_sound)
     }
 
     /// Follow a chain from its head, copying and checking each descriptor once.
+    #[inline]
     fn gather(&self, head: u16, chain: &mut Chain) -> Result<(), ChainError> {
         let mut table = self.descriptors;
         let mut table_len = u32::from(self.state.size);
+        let mut limit = table_len;
+        let mut count = 0;
         let mut is_indirect = false;
         let mut index = head;
-        let mut left = table_len;
         loop {
             if u32::from(index) >= table_len {
                 return Err(ChainError::Index { index, table_len });
             }
-            if left == 0 {
-                return Err(ChainError::TooLong { limit: table_len });
+            if count == limit {
+                return Err(ChainError::TooLong { limit });
             }
-            left -= 1;
-            let descriptor = Self::descriptor(&table, usize::from(index));
+            count += 1;
+            let descriptor = table.descriptor(index);
             let has_next = descriptor.flags & DESCRIPTOR_NEXT != 0;
             if descriptor.flags & DESCRIPTOR_INDIRECT != 0 {
+                // 2.7.5.3.1; whether it says WRITE is to be ignored (2.7.5.3.2).
                 if is_indirect || has_next {
                     return Err(ChainError::Nested);
                 }
                 (table, table_len) = self.indirect_table(&descriptor)?;
-                (is_indirect, index, left) = (true, 0, table_len);
+                limit = table_len.min(u32::from(self.state.size).max(MIN_CHAIN_LIMIT));
+                (is_indirect, index, count) = (true, 0, 0);
                 continue;
             }
             let is_writable = descriptor.flags & DESCRIPTOR_WRITE != 0;
@@ -315,21 +344,26 @@ impl Ring {
         }
     }
 
-    fn indirect_table(&self, descriptor: &Descriptor) -> Result<(HostRange, u32), ChainError> {
+    fn indirect_table(&self, descriptor: &Descriptor) -> Result<(Area, u32), ChainError> {
         let Descriptor { address, len, .. } = *descriptor;
+        let bytes = len as usize;
         let entries = len / 16;
-        if entries == 0 || !len.is_multiple_of(16) || entries > MAX_INDIRECT_LEN {
+        if entries == 0 || !bytes.is_multiple_of(DESCRIPTOR_SIZE) || entries > MAX_INDIRECT_LEN {
             return Err(ChainError::TableSize { len });
         }
-        let table = self
-            .ram
-            .contiguous(address, len as usize)
-            .ok_or(ChainError::NotMemory { address, len })?;
+        let table = Area::find(&self.ram, address, bytes);
+        let table = table.ok_or(ChainError::NotMemory { address, len })?;
         Ok((table, entries))
     }
 
-    /// Put back the last `count` requests taken, as if never taken.
+    /// Put back the last `count` requests taken, as if never taken; they must not have been
+    /// completed. What lies between them counts: had a malformed chain come between two, the
+    /// driver would get it back twice and lose another. Its rules were broken before ours.
+    ///
+    /// A request put back is one that [`Ring::enable_kicks`] sees: it says true until all are
+    /// taken again.
     pub fn unpop(&mut self, count: u16) {
+        debug_assert!(count <= self.state.size, "no more than can be taken");
         self.state.next_available = self.state.next_available.wrapping_sub(count);
     }
 
@@ -337,56 +371,57 @@ impl Ring {
 
     /// Give a request back with `len` bytes written. The driver sees it at once; whether it has
     /// to be told is asked once per batch, by [`Ring::needs_signal`].
+    #[inline]
     pub fn complete(&mut self, head: u16, len: u32) {
         let slot = usize::from(index::slot(self.state.next_used, self.state.size));
-        let at = self
-            .used
-            .base
-            .wrapping_add(RING_HEADER_SIZE + slot * USED_ELEMENT_SIZE);
-        let element = (u64::from(head) | u64::from(len) << 32).to_le_bytes();
-        // SAFETY: the slot is less than the ring's size, so the element lies in the used area,
-        // whose mapping lives as long as the ring; an array asks for no alignment.
-        unsafe { at.cast::<[u8; USED_ELEMENT_SIZE]>().write_volatile(element) };
+        let entry = RING_HEADER_SIZE + slot * USED_ENTRY_SIZE;
+        self.used.store_u32(entry, u32::from(head));
+        self.used.store_u32(entry + 4, len);
         self.state.next_used = self.state.next_used.wrapping_add(1);
-        // Release: the driver that sees the index sees the element, and the data before it.
-        Self::field(&self.used, 2).store(self.state.next_used.to_le(), Ordering::Release);
+        self.unsignalled = self.unsignalled.saturating_add(1);
+        // Release: the driver that sees the index sees the entry, and the data before it.
+        self.used
+            .store(INDEX_OFFSET, self.state.next_used, Ordering::Release);
     }
 
     /// Whether the driver wants to hear of what was completed since the last time this was asked.
     pub fn needs_signal(&mut self) -> bool {
-        let (new, old) = (self.state.next_used, self.signalled_used);
-        if new == old {
+        let count = mem::take(&mut self.unsignalled);
+        if count == 0 {
             return false;
         }
-        self.signalled_used = new;
         // Our index has to be visible before the driver's wish is read, or both sides wait.
         fence(Ordering::SeqCst);
-        if self.state.has_event_idx {
-            let offset = RING_HEADER_SIZE + usize::from(self.state.size) * 2;
-            let event = u16::from_le(Self::field(&self.available, offset).load(Ordering::Relaxed));
-            index::has_passed(event, new, old)
-        } else {
-            let flags = u16::from_le(Self::field(&self.available, 0).load(Ordering::Relaxed));
-            flags & NO_SIGNAL == 0
+        if !self.state.has_event_idx {
+            let flags = self.available.load(FLAGS_OFFSET, Ordering::Relaxed);
+            return flags & NO_SIGNAL == 0;
         }
+        // More than an index can count have passed any event.
+        u16::try_from(count).map_or(true, |count| {
+            let offset = event_offset(self.state.size, AVAILABLE_ENTRY_SIZE);
+            let event = self.available.load(offset, Ordering::Relaxed);
+            let new = self.state.next_used;
+            index::has_passed(event, new, new.wrapping_sub(count))
+        })
     }
 
-    /// Ask for no kicks: we look anyway.
+    /// Ask for no kicks: we look anyway. A kick may still come.
     pub fn disable_kicks(&mut self) {
-        // With event indices the wish stays at an index that is passed already.
+        // With event indices the wish stays at an index that is passed already: the next kick is
+        // 65536 requests away, and the flag has to stay 0 (2.7.10).
         if !self.state.has_event_idx {
-            Self::field(&self.used, 0).store(NO_SIGNAL.to_le(), Ordering::Relaxed);
+            self.used.store(FLAGS_OFFSET, NO_SIGNAL, Ordering::Relaxed);
         }
     }
 
     /// Ask for a kick with the next request. True: some came meanwhile, look again.
     pub fn enable_kicks(&mut self) -> bool {
         if self.state.has_event_idx {
-            let offset = RING_HEADER_SIZE + usize::from(self.state.size) * USED_ELEMENT_SIZE;
-            let event = self.state.next_available.to_le();
-            Self::field(&self.used, offset).store(event, Ordering::Relaxed);
+            let offset = event_offset(self.state.size, USED_ENTRY_SIZE);
+            self.used
+                .store(offset, self.state.next_available, Ordering::Relaxed);
         } else {
-            Self::field(&self.used, 0).store(0, Ordering::Relaxed);
+            self.used.store(FLAGS_OFFSET, 0, Ordering::Relaxed);
         }
         // The wish has to be visible before the index is read, or a request goes unseen.
         fence(Ordering::SeqCst);

@@ -71,7 +71,7 @@ pub(crate) fn launch(mut parts: Parts<'_>, snapshot: Option<&Path>) -> Result<Ru
         None => memory::allocate(config.memory_mib, config.memory_backing)?,
         Some(snapshot) => {
             snapshot.check(config, parts.devices.len())?;
-            memory::from_snapshot(config.memory_mib, snapshot.memory()?)?
+            memory::from_snapshot(config.memory_mib, &snapshot.memory()?)?
         }
     };
     let vm = MappedVm::new(kvm::create_vm(&kvm)?, Arc::clone(&ram))?;
@@ -121,12 +121,12 @@ impl Board {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map(Arc::new)
             .map_err(system("create an epoll set"))?;
-        let (serial, ports) = port_devices(parts.console, vm, saved)?;
+        let (serial, port_bus) = port_devices(parts.console, vm, saved)?;
         let mut board = Self {
             devices: Vec::new(),
             nodes: Vec::new(),
             serial,
-            ports,
+            ports: port_bus,
             registers: Bus::new(),
             epoll,
         };
@@ -252,7 +252,8 @@ fn start_threads(
     is_paused: bool,
 ) -> Result<Running, VmError> {
     let mailbox = Mailbox::new().map_err(system("create the mailbox"))?;
-    let (ports, registers) = (Arc::new(board.ports), Arc::new(board.registers));
+    let port_bus = Arc::new(board.ports);
+    let registers = Arc::new(board.registers);
     let mut vcpus = Vec::with_capacity(fds.len());
     let mut thread_ids = Vec::with_capacity(fds.len() + 1);
     for (index, fd) in (0u8..).zip(fds) {
@@ -261,7 +262,7 @@ fn start_threads(
         let vcpu = Vcpu::start(
             index,
             fd,
-            Arc::clone(&ports),
+            Arc::clone(&port_bus),
             Arc::clone(&registers),
             on_end,
         );

@@ -29,6 +29,7 @@ pub mod kvm;
 mod machine;
 pub mod memory;
 pub mod probe;
+pub mod rate_limiter;
 mod seccomp;
 pub mod snapshot;
 mod thread;

@@ -184,7 +184,7 @@ pub fn allocate(size_mib: u32, backing: MemoryBacking) -> Result<Arc<GuestRam>, 
         rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, size)
             .map_err(|errno| failed(errno.into()))?;
     }
-    let file = file.map(|file| (file, MapFlags::SHARED));
+    let file = file.as_ref().map(|file| (file, MapFlags::SHARED));
     assemble(size, file).map_err(|error| match error {
         Assembly::Map(source) => failed(source),
         Assembly::Layout(error) => error,
@@ -196,9 +196,9 @@ pub fn allocate(size_mib: u32, backing: MemoryBacking) -> Result<Arc<GuestRam>, 
 ///
 /// # Errors
 /// It has another size, or cannot be mapped.
-pub fn from_snapshot(size_mib: u32, file: OwnedFd) -> Result<Arc<GuestRam>, MemoryError> {
+pub fn from_snapshot(size_mib: u32, file: &OwnedFd) -> Result<Arc<GuestRam>, MemoryError> {
     let expected = u64::from(size_mib) * MIB;
-    let stat = rustix::fs::fstat(&file).map_err(|errno| MemoryError::File {
+    let stat = rustix::fs::fstat(file).map_err(|errno| MemoryError::File {
         operation: "examine",
         source: errno.into(),
     })?;
@@ -237,7 +237,7 @@ fn make_memfd(size: u64, flags: MemfdFlags) -> io::Result<OwnedFd> {
 }
 
 /// Map each range of the machine's layout and hand the mappings over.
-fn assemble(size: u64, file: Option<(OwnedFd, MapFlags)>) -> Result<Arc<GuestRam>, Assembly> {
+fn assemble(size: u64, file: Option<(&OwnedFd, MapFlags)>) -> Result<Arc<GuestRam>, Assembly> {
     let is_shared = matches!(&file, Some((_, flags)) if flags.contains(MapFlags::SHARED));
     let shared_file = match &file {
         Some((file, _)) if is_shared => Some(Arc::new(File::from(file.try_clone()?))),
@@ -288,11 +288,9 @@ fn describe(
     let region = builder
         .build()
         .map_err(|error| Assembly::Layout(MemoryError::Region(error)))?;
-    GuestRegionMmap::new(region, address).ok_or_else(|| {
-        Assembly::Layout(MemoryError::Layout(
-            vm_memory::GuestRegionCollectionError::NoMemoryRegion,
-        ))
-    })
+    GuestRegionMmap::new(region, address).ok_or(Assembly::Layout(MemoryError::Layout(
+        vm_memory::GuestRegionCollectionError::NoMemoryRegion,
+    )))
 }
 
 /// Write all memory to `file`, in the order of its ranges; zeros become holes. The guest must not
@@ -363,7 +361,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         write_snapshot(&ram, &file).unwrap();
 
-        let again = from_snapshot(4, file.try_clone().unwrap().into()).unwrap();
+        let again = from_snapshot(4, &file.try_clone().unwrap().into()).unwrap();
         let mut bytes = [0; 4];
         again.mappings().read_slice(&mut bytes, at).unwrap();
         assert_eq!(&bytes, b"kept");
@@ -376,7 +374,7 @@ mod tests {
     fn a_file_of_another_size_is_refused() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(100).unwrap();
-        let error = from_snapshot(4, file.into()).unwrap_err();
+        let error = from_snapshot(4, &file.into()).unwrap_err();
         assert!(matches!(error, MemoryError::FileSize { actual: 100, .. }));
     }
 

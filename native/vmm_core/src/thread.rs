@@ -9,6 +9,9 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::mpsc;
 use std::thread::{Builder, JoinHandle};
 
+use rustix::fs::Mode;
+use rustix::thread::UnshareFlags;
+
 use crate::kvm;
 use crate::seccomp;
 
@@ -42,7 +45,7 @@ pub(crate) fn spawn(
     let (sender, receiver) = mpsc::sync_channel(1);
     let thread = Builder::new().name(name).spawn(move || {
         kvm::block_signals();
-        let is_confined = seccomp::confine(kind);
+        let is_confined = prepare(kind);
         let is_running = is_confined.is_ok();
         let id = rustix::thread::gettid().as_raw_nonzero().get();
         let _received = sender.send(is_confined.map(|()| id));
@@ -59,6 +62,24 @@ pub(crate) fn spawn(
         .recv()
         .map_err(|_| io::Error::other("the thread ended before it began"))??;
     Ok((thread, id))
+}
+
+/// What has to be done before the thread sees anything of the guest.
+fn prepare(kind: Kind) -> io::Result<()> {
+    if kind == Kind::Io {
+        // Files of shared folders get the mode the guest asks for: a umask of the thread's own,
+        // which takes a file-system context of its own.
+        own_file_system_context()?;
+        rustix::process::umask(Mode::empty());
+    }
+    seccomp::confine(kind)
+}
+
+#[expect(unsafe_code, reason = "unshare is unsafe for the sake of CLONE_FILES")]
+fn own_file_system_context() -> io::Result<()> {
+    // SAFETY: root, working directory and umask: no memory and no descriptors are concerned.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?;
+    Ok(())
 }
 
 fn panic_text(payload: &(dyn Any + Send)) -> &str {

@@ -10,7 +10,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, ReadVolatile};
 
 /// An open file, and its name for messages.
 #[derive(Debug)]
@@ -85,27 +85,59 @@ impl BootFile {
         let mut file = &self.file;
         file.seek(SeekFrom::Start(offset))
             .map_err(GuestMemoryError::IOError)?;
-        // A file system may give less at a time than was asked for.
-        let mut done = 0;
-        while done < length {
-            let at = address.unchecked_add(done as u64);
-            match memory.read_volatile_from(at, &mut file, length - done)? {
-                0 => {
-                    return Err(GuestMemoryError::PartialBuffer {
-                        expected: length,
-                        completed: done,
-                    });
-                }
-                count => done += count,
-            }
-        }
-        Ok(())
+        fill(memory, address, &mut file, length)
     }
+}
+
+/// Fill `length` bytes at `address` from `source`.
+///
+/// The memory's own `read_exact_volatile_from` reads once, and takes a short read for the end;
+/// network and virtual file systems give a part of what was asked for at a time.
+fn fill(
+    memory: &GuestMemoryMmap,
+    address: GuestAddress,
+    source: &mut impl ReadVolatile,
+    length: usize,
+) -> Result<(), GuestMemoryError> {
+    for slice in memory.get_slices(address, length) {
+        source.read_exact_volatile(&mut slice?)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::bitmap::BitmapSlice;
+    use vm_memory::{Bytes, VolatileMemoryError, VolatileSlice};
+
     use super::*;
+
+    /// A file system that gives five bytes at a time.
+    struct Slow<'a>(&'a [u8]);
+
+    impl ReadVolatile for Slow<'_> {
+        fn read_volatile<B: BitmapSlice>(
+            &mut self,
+            buffer: &mut VolatileSlice<B>,
+        ) -> Result<usize, VolatileMemoryError> {
+            let length = buffer.len().min(5);
+            self.0.read_volatile(&mut buffer.subslice(0, length)?)
+        }
+    }
+
+    #[test]
+    fn short_reads_are_gone_on_with_across_regions() {
+        let ranges = [(GuestAddress(0), 0x1000), (GuestAddress(0x1000), 0x1000)];
+        let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+        let bytes: Vec<u8> = (0..=255).collect();
+        fill(&memory, GuestAddress(0xf83), &mut Slow(&bytes), 256).unwrap();
+        let mut copied = vec![0; 256];
+        memory.read_slice(&mut copied, GuestAddress(0xf83)).unwrap();
+        assert_eq!(copied, bytes);
+        let error = fill(&memory, GuestAddress(0), &mut Slow(&bytes), 257).unwrap_err();
+        assert!(error.to_string().contains("fill"), "{error}");
+        fill(&memory, GuestAddress(0x1f80), &mut Slow(&bytes), 256).unwrap_err();
+    }
 
     #[test]
     fn what_is_not_a_file_is_refused_without_waiting() {

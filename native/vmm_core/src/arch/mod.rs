@@ -12,6 +12,7 @@
 //! | [`VcpuState`], [`save_vcpu`], [`restore_vcpu`] | a stopped vCPU's registers |
 //! | [`describe_failure`] | one line on why a vCPU can't go on |
 //! | [`kernel`] | `load` reads a kernel image into memory, `write_parameters` what it is told; [`Entry`], [`BootProtocol`] |
+//! | [`syscalls`] | `OLDER_CALLS`, which `seccomp.rs` lets through too |
 //! | [`probe_guest`] | the guest that `probe.rs` runs |
 //!
 //! [`boot_file`] is not per-architecture: every loader of kernels reads its files through it.
@@ -20,8 +21,6 @@ pub mod boot_file;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-#[cfg(target_arch = "x86_64")]
-pub(crate) use x86_64::probe_guest;
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::{
     acpi::{MmioNode, TablesError, write_tables},
@@ -32,3 +31,5 @@ pub use x86_64::{
     vcpu_state::{VcpuState, restore_vcpu, save_vcpu},
     vm::{ClockPolicy, VmState, prepare_vm, restore_vm, save_vm},
 };
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86_64::{probe_guest, syscalls};

@@ -420,14 +420,15 @@ impl MmioTransport {
                 }
             }
             0x030 => registers.queue_select = value,
-            0x038..=0x0a4 if may_set_queues => {
+            0x070 => self.write_status(&mut inner, value),
+            // The selected queue's size, readiness and addresses.
+            0x038 | 0x044 | 0x080..=0x0a4 if may_set_queues => {
                 let index = registers.queue_select as usize;
                 let max = device.queue_sizes().get(index).copied().unwrap_or(0);
                 if let Some(queue) = registers.queues.get_mut(index) {
                     queue.write(offset, value, max);
                 }
             }
-            0x070 => self.write_status(&mut inner, value),
             _ => {}
         }
     }

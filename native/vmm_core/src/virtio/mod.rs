@@ -4,6 +4,14 @@
 //! has a folder with the same file names: `device.rs` (the device), `metrics.rs` (its counters),
 //! `state.rs` (what a snapshot keeps), and files of its own for what is its own.
 
+pub mod balloon;
+pub mod block;
 pub mod device;
-pub mod mmio;
 pub mod fs;
+pub mod mmio;
+#[cfg(any(test, feature = "mock"))]
+pub mod mock;
+pub mod rng;
+mod saved;
+pub mod throttle;
+mod turn;

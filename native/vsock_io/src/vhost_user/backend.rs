@@ -6,6 +6,7 @@
 //! trusted with guest memory (it owns it), but nothing it sends may make us panic. I/O thread.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -19,20 +20,14 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{
     Error as ProtocolError, GpuBackend, Result as ProtocolResult, VhostUserBackendReqHandlerMut,
 };
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
-};
+use virtio_core::features;
+use virtio_core::ram::GuestRam;
+use virtio_core::ring::Ring;
+use virtio_core::vsock::{QUEUE_COUNT, RX_QUEUE, TX_QUEUE};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
-use super::queue::{QueueError, Vring};
+use super::vring::Vring;
 
-/// The queue of buffers for the guest to receive in.
-pub const RX_QUEUE: usize = 0;
-/// The queue of packets from the guest.
-pub const TX_QUEUE: usize = 1;
-/// rx, tx and event. `QEMU` serves the event queue itself; this device has no events to send.
-pub const QUEUE_COUNT: usize = 3;
 /// The doorbell of queue `n` has the epoll datum `FIRST_KICK + n`.
 pub const FIRST_KICK: u64 = 16;
 
@@ -49,9 +44,10 @@ pub struct Backend {
     guest_cid: u64,
     epoll: Arc<OwnedFd>,
     features: u64,
-    memory: Option<GuestMemoryMmap>,
+    memory: Option<Arc<GuestRam>>,
     translations: Vec<Translation>,
-    /// The rings, see [`RX_QUEUE`] and [`TX_QUEUE`].
+    /// The rings, see [`RX_QUEUE`] and [`TX_QUEUE`]. `QEMU` serves the event queue itself; this
+    /// device has no events to send.
     pub vrings: [Vring; QUEUE_COUNT],
     has_stopped: bool,
 }
@@ -67,27 +63,21 @@ impl std::fmt::Debug for Backend {
 
 impl Backend {
     /// A device before negotiation.
-    ///
-    /// # Errors
-    /// Never with the constants used.
-    pub fn new(guest_cid: u64, epoll: Arc<OwnedFd>) -> Result<Self, QueueError> {
-        let vrings = [Vring::new()?, Vring::new()?, Vring::new()?];
-        Ok(Self {
+    pub fn new(guest_cid: u64, epoll: Arc<OwnedFd>) -> Self {
+        Self {
             guest_cid,
             epoll,
             features: 0,
             memory: None,
             translations: Vec::new(),
-            vrings,
+            vrings: Default::default(),
             has_stopped: false,
-        })
+        }
     }
 
     /// Packets can be exchanged: the guest's driver runs.
     pub fn is_active(&self) -> bool {
-        self.memory.is_some()
-            && self.vrings[RX_QUEUE].is_running()
-            && self.vrings[TX_QUEUE].is_running()
+        self.vrings[RX_QUEUE].is_running() && self.vrings[TX_QUEUE].is_running()
     }
 
     /// True once after a ring was stopped or the device reset: the guest forgot all connections.
@@ -95,10 +85,18 @@ impl Backend {
         std::mem::take(&mut self.has_stopped)
     }
 
-    /// Guest memory with the receive and the transmit ring.
-    pub fn parts(&mut self) -> Option<(&GuestMemoryMmap, &mut Vring, &mut Vring)> {
+    /// The receive and the transmit ring, while the device is active.
+    pub fn rings(&mut self) -> Option<(&mut Ring, &mut Ring)> {
         let [rx, tx, _event] = &mut self.vrings;
-        self.memory.as_ref().map(|memory| (memory, rx, tx))
+        rx.running().zip(tx.running())
+    }
+
+    /// Interrupt the driver where it wants to know of what was done.
+    ///
+    /// # Errors
+    /// A call descriptor is broken.
+    pub fn signal(&mut self) -> io::Result<()> {
+        self.vrings.iter_mut().try_for_each(Vring::signal)
     }
 
     fn vring(&mut self, index: u32) -> ProtocolResult<&mut Vring> {
@@ -138,13 +136,14 @@ impl Backend {
 
     /// Have the rings serve again after the memory under them was replaced.
     fn revalidate(&mut self) {
-        let Some(memory) = &self.memory else { return };
-        let is_lost = |vring: &mut Vring| vring.is_started() && !vring.lies_in(memory);
-        let lost: Vec<usize> = (0..QUEUE_COUNT)
-            .filter(|index| self.vrings.get_mut(*index).is_some_and(is_lost))
-            .collect();
-        for index in lost {
-            self.stop_vring(index);
+        let Some(memory) = self.memory.clone() else {
+            return;
+        };
+        for index in 0..QUEUE_COUNT {
+            let vring = self.vrings.get_mut(index);
+            if vring.is_some_and(|vring| !vring.set_memory(&memory)) {
+                self.stop_vring(index);
+            }
         }
     }
 }
@@ -179,10 +178,6 @@ fn map_region(region: &VhostUserMemoryRegion, file: File) -> ProtocolResult<Gues
         .ok_or(ProtocolError::InvalidParam)
 }
 
-const fn bit(number: u32) -> u64 {
-    1 << number
-}
-
 impl VhostUserBackendReqHandlerMut for Backend {
     fn set_owner(&mut self) -> ProtocolResult<()> {
         Ok(())
@@ -199,21 +194,18 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn get_features(&mut self) -> ProtocolResult<u64> {
-        Ok(bit(VIRTIO_F_VERSION_1)
-            | bit(VIRTIO_RING_F_EVENT_IDX)
-            | bit(VIRTIO_RING_F_INDIRECT_DESC)
-            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+        Ok(features::RING | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
     }
 
-    fn set_features(&mut self, features: u64) -> ProtocolResult<()> {
-        if features & !self.get_features()? != 0 {
+    fn set_features(&mut self, accepted: u64) -> ProtocolResult<()> {
+        if accepted & !self.get_features()? != 0 {
             return Err(ProtocolError::InvalidParam);
         }
-        self.features = features;
+        self.features = accepted;
         let has_protocol_features =
-            features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
+            accepted & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0;
         for vring in &mut self.vrings {
-            vring.set_event_idx(features & bit(VIRTIO_RING_F_EVENT_IDX) != 0);
+            vring.set_event_idx(accepted & features::EVENT_IDX != 0);
             // Without protocol features there is no SET_VRING_ENABLE and rings start enabled.
             vring.is_enabled |= !has_protocol_features;
         }
@@ -238,7 +230,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
         mapped.sort_by_key(vm_memory::GuestMemoryRegion::start_addr);
         let memory =
             GuestMemoryMmap::from_regions(mapped).map_err(|_| ProtocolError::InvalidParam)?;
-        self.memory = Some(memory);
+        self.memory = Some(GuestRam::new(memory));
         self.translations = translations;
         self.revalidate();
         Ok(())
@@ -262,9 +254,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
     ) -> ProtocolResult<()> {
         let table = self.translate(descriptor)?;
         let (used, available) = (self.translate(used)?, self.translate(available)?);
-        self.vring(index)?
-            .set_addresses(table, available, used)
-            .map_err(|_| ProtocolError::InvalidParam)
+        self.vring(index)?.set_addresses(table, available, used);
+        Ok(())
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> ProtocolResult<()> {
@@ -290,9 +281,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
         private(&kick)?;
         self.stop_vring(index);
         let memory = self.memory.as_ref().ok_or(ProtocolError::InvalidParam)?;
-        if !self.vrings[index].start(memory) {
-            return Err(ProtocolError::InvalidParam);
-        }
+        self.vrings[index]
+            .start(memory)
+            .map_err(|_| ProtocolError::InvalidParam)?;
         let data = epoll::EventData::new_u64(FIRST_KICK + index as u64);
         epoll::add(&self.epoll, &kick, data, epoll::EventFlags::IN)
             .map_err(|errno| ProtocolError::ReqHandlerError(errno.into()))?;

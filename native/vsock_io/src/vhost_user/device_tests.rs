@@ -1,9 +1,11 @@
 //! The whole device in the reactor, driven by the front end of the `vhost` crate and a driver by
 //! hand: what a machine monitor and its guest do, in one process.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,10 +13,11 @@ use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_WRITE;
-use virtio_queue::desc::RawDescriptor;
-use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryRegion};
+use virtio_core::ram::GuestRam;
+use virtio_core::vsock::mock::{MockGuest, MockPacket};
+use virtio_core::vsock::packet::Operation;
+use virtio_core::vsock::{RX_QUEUE, TX_QUEUE};
+use vm_memory::{FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
@@ -22,9 +25,7 @@ use crate::event::{Completion, EventQueue};
 use crate::reactor::Reactor;
 use crate::status::Code;
 use crate::vhost_user::VhostUserVsock;
-use crate::vhost_user::packet::{HOST_CID, Operation, TYPE_STREAM};
 
-const MEMORY_SIZE: usize = 0x10_0000;
 const QUEUE_SIZE: u16 = 64;
 const TOKEN: u64 = 7;
 const CID: u64 = 42;
@@ -107,39 +108,52 @@ impl Served {
     }
 }
 
-/// A driver's side of one queue.
-struct DriverQueue {
-    table: u64,
-    available: u64,
-    used: u64,
-    posted: u16,
-    seen: u16,
+/// How one queue is told of things.
+struct Notifications {
     call: EventFd,
     kick: EventFd,
+}
+
+impl Notifications {
+    fn new() -> Self {
+        Self {
+            call: EventFd::new(0).unwrap(),
+            kick: EventFd::new(0).unwrap(),
+        }
+    }
 }
 
 /// The machine: monitor and guest.
 struct Machine {
     frontend: Frontend,
-    memory: GuestMemoryMmap,
-    queues: Vec<DriverQueue>,
+    ram: Arc<GuestRam>,
+    guest: MockGuest,
+    /// Of the receive and the transmit queue.
+    queues: [Notifications; 2],
+    received: VecDeque<MockPacket>,
 }
-
-const RX: usize = 0;
-const TX: usize = 1;
 
 impl Machine {
     fn connect(served: &Served) -> Self {
         let file = File::from(rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
-        file.set_len(MEMORY_SIZE as u64).unwrap();
-        let range = (GuestAddress(0), MEMORY_SIZE, Some(FileOffset::new(file, 0)));
+        file.set_len(MockGuest::MEMORY_SIZE).unwrap();
+        let size = usize::try_from(MockGuest::MEMORY_SIZE).unwrap();
+        let range = (GuestAddress(0), size, Some(FileOffset::new(file, 0)));
         let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        let ram = GuestRam::new(memory);
         let frontend = Frontend::connect(served.directory.0.join("monitor"), 3).unwrap();
         Self {
             frontend,
-            memory,
-            queues: Vec::new(),
+            guest: MockGuest::new(&ram, 0, QUEUE_SIZE, CID),
+            ram,
+            queues: [Notifications::new(), Notifications::new()],
+            received: VecDeque::new(),
         }
+    }
+
+    fn region(&self) -> VhostUserMemoryRegionInfo {
+        let region = self.ram.mappings().iter().next().unwrap();
+        VhostUserMemoryRegionInfo::from_guest_region(region).unwrap()
     }
 
     fn negotiate(&mut self) {
@@ -154,27 +168,17 @@ impl Machine {
     }
 
     fn activate(&mut self) {
-        let region = self.memory.iter().next().unwrap();
-        let info = VhostUserMemoryRegionInfo::from_guest_region(region).unwrap();
+        let info = self.region();
         self.frontend.set_mem_table(&[info]).unwrap();
-        for index in 0..2usize {
-            let base = 0x1000 + index as u64 * 0x4000;
-            let queue = DriverQueue {
-                table: base,
-                available: base + 0x1000,
-                used: base + 0x2000,
-                posted: 0,
-                seen: 0,
-                call: EventFd::new(0).unwrap(),
-                kick: EventFd::new(0).unwrap(),
-            };
+        let rings = [self.guest.rx.state(), self.guest.tx.state()];
+        for (index, (ring, queue)) in rings.iter().zip(&self.queues).enumerate() {
             let config = VringConfigData {
                 queue_max_size: QUEUE_SIZE,
                 queue_size: QUEUE_SIZE,
                 flags: 0,
-                desc_table_addr: info.userspace_addr + queue.table,
-                used_ring_addr: info.userspace_addr + queue.used,
-                avail_ring_addr: info.userspace_addr + queue.available,
+                desc_table_addr: info.userspace_addr + ring.descriptors,
+                used_ring_addr: info.userspace_addr + ring.used,
+                avail_ring_addr: info.userspace_addr + ring.available,
                 log_addr: None,
             };
             self.frontend.set_vring_num(index, QUEUE_SIZE).unwrap();
@@ -183,95 +187,34 @@ impl Machine {
             self.frontend.set_vring_call(index, &queue.call).unwrap();
             self.frontend.set_vring_kick(index, &queue.kick).unwrap();
             self.frontend.set_vring_enable(index, true).unwrap();
-            self.queues.push(queue);
         }
-        for _ in 0..16 {
-            self.post(RX, 0x2_0000, 8192, true);
-        }
+        self.guest.post(QUEUE_SIZE);
+        self.kick(RX_QUEUE);
         // Answered only after everything above was handled.
         self.frontend.get_queue_num().unwrap();
     }
 
-    fn post(&mut self, index: usize, base: u64, len: u32, is_writable: bool) {
-        let queue = &mut self.queues[index];
-        let slot = queue.posted % QUEUE_SIZE;
-        let flags = if is_writable {
-            u16::try_from(VRING_DESC_F_WRITE).unwrap()
-        } else {
-            0
-        };
-        let address = base + u64::from(slot) * 8192;
-        let made = RawDescriptor::from(Descriptor::new(address, len, flags, 0));
-        self.memory
-            .write_obj(made, GuestAddress(queue.table + u64::from(slot) * 16))
-            .unwrap();
-        self.memory
-            .write_obj(
-                slot,
-                GuestAddress(queue.available + 4 + u64::from(slot) * 2),
-            )
-            .unwrap();
-        queue.posted = queue.posted.wrapping_add(1);
-        self.memory
-            .write_obj(queue.posted, GuestAddress(queue.available + 2))
-            .unwrap();
-        queue.kick.write(1).unwrap();
+    fn kick(&self, index: usize) {
+        self.queues[index].kick.write(1).unwrap();
     }
 
-    fn send(&mut self, header: &PacketHeader, payload: &[u8]) {
-        let slot = self.queues[TX].posted % QUEUE_SIZE;
-        let at = 0x8_0000 + u64::from(slot) * 8192;
-        self.memory
-            .write_slice(&header.to_bytes(), GuestAddress(at))
-            .unwrap();
-        self.memory
-            .write_slice(payload, GuestAddress(at + 44))
-            .unwrap();
-        self.post(
-            TX,
-            0x8_0000,
-            44 + u32::try_from(payload.len()).unwrap(),
-            false,
-        );
-    }
-
-    fn receive(&mut self) -> (PacketHeader, Vec<u8>) {
-        let queue = &mut self.queues[RX];
+    fn receive(&mut self) -> MockPacket {
         loop {
-            let used: u16 = self.memory.read_obj(GuestAddress(queue.used + 2)).unwrap();
-            if used != queue.seen {
-                break;
+            if let Some(packet) = self.received.pop_front() {
+                return packet;
             }
-            wait_readable(as_fd(&queue.call));
-            queue.call.read().unwrap();
+            self.received = self.guest.take();
+            if self.received.is_empty() {
+                let call = &self.queues[RX_QUEUE].call;
+                wait_readable(as_fd(call));
+                call.read().unwrap();
+            }
         }
-        let at = queue.used + 4 + u64::from(queue.seen % QUEUE_SIZE) * 8;
-        queue.seen = queue.seen.wrapping_add(1);
-        let head: u32 = self.memory.read_obj(GuestAddress(at)).unwrap();
-        let len: u32 = self.memory.read_obj(GuestAddress(at + 4)).unwrap();
-        let mut bytes = vec![0; len as usize];
-        self.memory
-            .read_slice(&mut bytes, GuestAddress(0x2_0000 + u64::from(head) * 8192))
-            .unwrap();
-        (
-            PacketHeader::parse_prefix(&bytes).unwrap(),
-            bytes.split_off(44),
-        )
     }
 
-    fn answer(&mut self, request: &PacketHeader, operation: Operation, payload: &[u8]) {
-        let header = PacketHeader {
-            src_cid: CID,
-            dst_cid: HOST_CID,
-            src_port: request.dst_port,
-            dst_port: request.src_port,
-            len: u32::try_from(payload.len()).unwrap(),
-            socket_type: TYPE_STREAM,
-            op: operation as u16,
-            buf_alloc: 65_536,
-            ..Default::default()
-        };
-        self.send(&header, payload);
+    fn answer(&mut self, request: &MockPacket, operation: Operation, payload: &[u8]) {
+        self.guest.answer(&request.0, operation, payload);
+        self.kick(TX_QUEUE);
     }
 }
 
@@ -297,15 +240,15 @@ fn active() -> (Served, Machine) {
 fn a_host_and_a_guest_talk_through_shared_memory() {
     let (served, mut machine) = active();
     let mut host = served.dial();
-    let (request, _) = machine.receive();
+    let request = machine.receive();
     assert_eq!(
-        (request.op, request.dst_port, request.dst_cid),
+        (request.0.op, request.0.dst_port, request.0.dst_cid),
         (1, 1024, CID)
     );
     machine.answer(&request, Operation::Response, b"");
-    let mut line = vec![0; format!("OK {}\n", request.src_port).len()];
+    let mut line = vec![0; format!("OK {}\n", request.0.src_port).len()];
     host.read_exact(&mut line).unwrap();
-    assert_eq!(line, format!("OK {}\n", request.src_port).as_bytes());
+    assert_eq!(line, format!("OK {}\n", request.0.src_port).as_bytes());
     machine.answer(&request, Operation::ReadWrite, b"hello host");
     let mut hello = [0; 10];
     host.read_exact(&mut hello).unwrap();
@@ -335,13 +278,27 @@ fn without_a_driver_hosts_are_turned_away() {
 }
 
 #[test]
+fn memory_that_is_mapped_anew_keeps_the_connections() {
+    let (served, mut machine) = active();
+    let mut host = served.dial();
+    let request = machine.receive();
+    let info = machine.region();
+    machine.frontend.set_mem_table(&[info]).unwrap();
+    machine.answer(&request, Operation::Response, b"");
+    machine.answer(&request, Operation::ReadWrite, b"still here");
+    let mut text = vec![0; format!("OK {}\nstill here", request.0.src_port).len()];
+    host.read_exact(&mut text).unwrap();
+    assert!(text.ends_with(b"\nstill here"));
+}
+
+#[test]
 fn stopping_a_ring_ends_the_connections() {
     let (served, mut machine) = active();
     let mut host = served.dial();
-    let (request, _) = machine.receive();
+    let request = machine.receive();
     machine.answer(&request, Operation::Response, b"");
     host.read_exact(&mut [0; 3]).unwrap();
-    assert_eq!(machine.frontend.get_vring_base(RX).unwrap(), 1);
+    assert_eq!(machine.frontend.get_vring_base(RX_QUEUE).unwrap(), 1);
     let mut rest = Vec::new();
     host.read_to_end(&mut rest).unwrap();
     assert_eq!(served.dial().read(&mut [0]).unwrap(), 0);
@@ -359,13 +316,9 @@ fn the_machines_end_is_reported_and_cleaned_up() {
 
 #[test]
 fn a_broken_ring_ends_the_device() {
-    let (served, machine) = active();
-    let queue = &machine.queues[TX];
-    machine
-        .memory
-        .write_obj(QUEUE_SIZE + 1, GuestAddress(queue.available + 2))
-        .unwrap();
-    queue.kick.write(1).unwrap();
+    let (served, mut machine) = active();
+    machine.guest.tx.set_available_index(QUEUE_SIZE + 1);
+    machine.kick(TX_QUEUE);
     let ended = served.ended();
     assert_eq!(ended.code, Code::INTERNAL);
     assert!(
@@ -408,9 +361,8 @@ fn memory_shorter_than_its_region_ends_the_device() {
     let served = Served::new();
     let mut machine = Machine::connect(&served);
     machine.negotiate();
-    let region = machine.memory.iter().next().unwrap();
-    let mut info = VhostUserMemoryRegionInfo::from_guest_region(region).unwrap();
-    info.memory_size = region.len() + 0x1000;
+    let mut info = machine.region();
+    info.memory_size += 0x1000;
     machine.frontend.set_mem_table(&[info]).unwrap();
     assert_eq!(served.ended().code, Code::INTERNAL);
 }
@@ -440,7 +392,10 @@ fn sockets_are_private_and_a_taken_path_is_an_error() {
     }
     let other = served.directory.0.join("other");
     let error = Device::bind(&other, &hybrid, CID).unwrap_err();
-    assert!(matches!(error, DeviceError::Listen { path, .. } if path == hybrid));
+    assert!(matches!(
+        error,
+        DeviceError::Hybrid(HybridError::Listen(listen)) if listen.path == hybrid
+    ));
     assert!(!other.exists());
     assert!(hybrid.exists());
 }

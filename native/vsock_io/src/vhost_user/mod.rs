@@ -1,25 +1,16 @@
 //! A virtio-vsock device for another process's machine, served over vhost-user.
 //!
 //! Made for `QEMU` on hosts without `/dev/vhost-vsock`. [`VhostUserVsock`] lives in the reactor:
-//! the whole device, with all its connections, runs on the I/O thread as one source. Layers,
-//! from the guest's memory up:
+//! the whole device, with all its connections, runs on the I/O thread as one source. The device
+//! proper is `virtio_core::vsock`; here is what hands it the rings:
 //!
-//! - `buffers`: checked guest memory and copy-free socket I/O; `queue`: the rings;
-//! - `packet`, `credit`, `connection`, `handshake`: the protocols, pure values;
-//! - `endpoint`, `table`, `muxer`: host sockets and the connections between them and the guest;
-//! - `backend`: the vhost-user negotiation; `device`: listening sockets and turns.
+//! - `vring`: one ring as the monitor sets it up;
+//! - `backend`: the vhost-user negotiation;
+//! - `device`: the monitor's connection and the turns the device takes.
 
 pub mod backend;
-pub mod buffers;
-pub mod connection;
-pub mod credit;
 pub mod device;
-pub mod endpoint;
-pub mod handshake;
-pub mod muxer;
-pub mod packet;
-pub mod queue;
-pub mod table;
+pub mod vring;
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -157,9 +148,8 @@ impl DeviceSource {
             Err(error) => {
                 let code = match error {
                     DeviceError::Disconnected => Code::UNAVAILABLE,
-                    DeviceError::Listen { .. }
+                    DeviceError::Hybrid(_)
                     | DeviceError::Protocol(_)
-                    | DeviceError::Queue { .. }
                     | DeviceError::System { .. } => Code::INTERNAL,
                 };
                 self.end(context, code, chain_text(&error));

@@ -8,6 +8,7 @@ pub mod layout;
 mod msr;
 pub(crate) mod probe_guest;
 mod registers;
+pub(crate) mod syscalls;
 pub(crate) mod vcpu;
 pub(crate) mod vcpu_state;
 pub(crate) mod vm;

@@ -104,4 +104,4 @@ fn set_interrupt_pins(vcpu: &VcpuFd) -> Result<(), KvmError> {
 
 #[cfg(test)]
 #[path = "vcpu_tests.rs"]
-mod tests;
+pub(in crate::arch) mod tests;

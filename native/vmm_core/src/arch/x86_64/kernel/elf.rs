@@ -161,14 +161,15 @@ fn parse_notes(mut notes: &[u8]) -> Result<Option<u64>, KernelError> {
             .split_at_checked(padded(note.n_descsz))
             .unwrap_or((rest, &[]));
         if note.n_type == XEN_PHYS32_ENTRY && name == XEN_OWNER {
-            let entry = descriptor
-                .first_chunk()
-                .map(|bytes| u64::from(u32::from_le_bytes(*bytes)));
-            // 64-bit kernels write eight bytes; the entry is a 32-bit one all the same.
-            let is_short = descriptor.iter().skip(4).all(|byte| *byte == 0);
+            let entry = match *descriptor {
+                [a, b, c, d] if note.n_descsz == 4 => Some([a, b, c, d]),
+                // 64-bit kernels write eight bytes; the entry is a 32-bit one all the same.
+                [a, b, c, d, 0, 0, 0, 0] if note.n_descsz == 8 => Some([a, b, c, d]),
+                _ => None,
+            };
             return match entry {
-                Some(entry) if is_short => Ok(Some(entry)),
-                _ => Err(KernelError::BadHeader {
+                Some(bytes) => Ok(Some(u32::from_le_bytes(bytes).into())),
+                None => Err(KernelError::BadHeader {
                     field: "the size of Xen's PHYS32_ENTRY note",
                     value: note.n_descsz.into(),
                 }),

@@ -14,6 +14,8 @@ mod bzimage;
 mod elf;
 mod memory_map;
 mod start_info;
+#[cfg(test)]
+pub(crate) mod test_images;
 
 use std::io;
 

@@ -13,15 +13,14 @@
 #![allow(missing_docs, reason = "criterion's macros make public functions")]
 
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use virtio_queue::desc::RawDescriptor;
-use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vsock_io::vhost_user::buffers::{Direction, GuestBuffers};
-use vsock_io::vhost_user::packet::{HEADER_SIZE, HOST_CID, PacketHeader, TYPE_STREAM};
-use vsock_io::vhost_user::queue::Vring;
+use virtio_core::chain::Chain;
+use virtio_core::mock::{MockBuffer, MockDriver, mock_ram};
+use virtio_core::ring::Ring;
+use virtio_core::vsock::packet::{HEADER_SIZE, HOST_CID, PacketHeader, TYPE_STREAM};
 
 const GUEST_CID: u64 = 3;
 /// Headers per iteration of `vsock_packet/parse`.
@@ -29,9 +28,7 @@ const HEADERS: usize = 256;
 /// Chains per iteration of `virtqueue/walk`.
 const CHAINS: u16 = 128;
 const QUEUE_SIZE: u16 = 256;
-const TABLE: u64 = 0x1000;
-const AVAILABLE: u64 = 0x2000;
-const USED: u64 = 0x3000;
+const RING: u64 = 0x1000;
 const DATA: u64 = 0x1_0000;
 
 fn header(index: u32) -> PacketHeader {
@@ -72,64 +69,32 @@ fn parse(criterion: &mut Criterion) {
     group.finish();
 }
 
-fn guest_memory() -> GuestMemoryMmap {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x20_0000)]).expect("2 MiB");
-    let put = |descriptor: Descriptor, index: u16| {
-        let at = GuestAddress(TABLE + u64::from(index) * 16);
-        memory
-            .write_obj(RawDescriptor::from(descriptor), at)
-            .expect("in range");
-    };
-    for chain in 0..CHAINS {
-        let (head, tail) = (chain * 2, chain * 2 + 1);
-        let at = DATA + u64::from(chain) * 0x2000;
-        put(Descriptor::new(at, 44, 1, tail), head);
-        put(Descriptor::new(at + 0x1000, 4096, 0, 0), tail);
-        memory
-            .write_slice(&header(u32::from(chain)).to_bytes(), GuestAddress(at))
-            .expect("in range");
-        let slot = AVAILABLE + 4 + u64::from(chain) * 2;
-        memory
-            .write_obj(head, GuestAddress(slot))
-            .expect("in range");
-    }
-    memory
-        .write_obj(CHAINS, GuestAddress(AVAILABLE + 2))
-        .expect("in range");
-    memory
-}
-
 fn walk(criterion: &mut Criterion) {
-    let memory = guest_memory();
-    let mut vring = Vring::new().expect("constant size");
-    vring.set_size(QUEUE_SIZE).expect("a power of two");
-    vring
-        .set_addresses(TABLE, AVAILABLE, USED)
-        .expect("aligned");
-    vring.is_enabled = true;
-    assert!(vring.start(&memory));
+    let ram = mock_ram(0x20_0000);
+    let mut driver = MockDriver::new(&ram, RING, QUEUE_SIZE);
+    for index in 0..CHAINS {
+        let at = DATA + u64::from(index) * 0x2000;
+        driver.write(at, &header(u32::from(index)).to_bytes());
+        driver.add(&[
+            MockBuffer::readable(at, 44),
+            MockBuffer::readable(at + 0x1000, 4096),
+        ]);
+    }
+    let state = driver.state();
+    let mut chain = Chain::new(&ram);
     let mut group = criterion.benchmark_group("virtqueue");
     group.throughput(Throughput::Elements(u64::from(CHAINS)));
     group.measurement_time(Duration::from_secs(2));
     group.bench_function("walk", |bencher| {
         bencher.iter(|| {
-            vring.set_base(0);
+            // From entry 0 on again; a small share of the iteration.
+            let mut ring = Ring::new(Arc::clone(&ram), state).expect("a sound ring");
             let mut sum = 0u64;
-            while let Some(chain) = vring.pop(&memory).expect("a sound ring") {
-                let head = chain.head_index();
-                let mut packet = GuestBuffers::default();
-                let gathered = packet.gather(
-                    &memory,
-                    chain,
-                    Direction::FromGuest,
-                    usize::from(QUEUE_SIZE),
-                );
-                gathered.expect("a sound chain");
-                let mut bytes = [0; HEADER_SIZE];
-                packet.copy_to(&mut bytes);
+            while ring.pop(&mut chain).expect("a sound ring") {
+                let bytes: [u8; HEADER_SIZE] = chain.readable.read_array(0).expect("a packet");
                 let header = PacketHeader::parse(&bytes);
-                sum += u64::from(header.src_port) + packet.len() as u64;
-                vring.complete(&memory, head, 0).expect("a sound ring");
+                sum += u64::from(header.src_port) + chain.readable.len() as u64;
+                ring.complete(chain.head, 0);
             }
             sum
         });

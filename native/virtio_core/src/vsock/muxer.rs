@@ -4,7 +4,7 @@
 //! [`Muxer::transmit`], socket readiness enters through [`Muxer::on_socket`]. Everything is
 //! bounded: connections by [`MAX_CONNECTIONS`], each by its credit, replies to broken packets by
 //! [`MAX_RESETS`] (the device stops taking packets until the guest takes the replies). Runs on
-//! the I/O thread; knows nothing of vhost-user.
+//! the I/O thread; knows nothing of the transport.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -21,8 +21,8 @@ use super::endpoint::{Endpoint, PortPair, Role};
 use super::packet::{HOST_CID, Operation, PacketHeader, TYPE_STREAM};
 use super::table::{EndpointTable, Token};
 
-/// Most endpoints at a time, in any stage.
-pub const MAX_CONNECTIONS: usize = 1023;
+/// Most endpoints at a time, in any stage. Each is a descriptor of this process.
+pub const MAX_CONNECTIONS: usize = 4096;
 
 /// Resets that may wait for the guest before its packets are left on the ring.
 pub const MAX_RESETS: usize = 256;
@@ -47,9 +47,19 @@ pub trait Dialer: Send {
     fn dial(&mut self, port: u32) -> io::Result<UnixStream>;
 }
 
-/// Counts for diagnosis; all wrap.
+/// Counts for diagnosis.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct MuxerCounters {
+    /// Packets the guest sent.
+    pub packets_from_guest: u64,
+    /// Payload bytes of those that belonged to a stream.
+    pub bytes_from_guest: u64,
+    /// Payload bytes the guest was sent.
+    pub bytes_to_guest: u64,
+    /// Connections that hosts asked for.
+    pub host_connections: u64,
+    /// Connections that the guest asked for and got.
+    pub guest_connections: u64,
     /// Packets refused because of their header, their length or their connection.
     pub invalid_packets: u64,
     /// Connections refused because there were too many.
@@ -103,6 +113,7 @@ impl Muxer {
 
     /// A packet was too broken to be given to [`Muxer::receive`].
     pub fn count_invalid(&mut self) {
+        self.counters.packets_from_guest += 1;
         self.counters.invalid_packets += 1;
     }
 
@@ -126,6 +137,13 @@ impl Muxer {
     /// When [`Muxer::expire`] has to be called next.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.deadlines.front().map(|entry| entry.0)
+    }
+
+    /// Have everything that waits do so for `by` longer: the guest could not answer meanwhile.
+    pub fn postpone(&mut self, by: Duration) {
+        for (deadline, ..) in &mut self.deadlines {
+            *deadline += by;
+        }
     }
 
     /// The guest is gone or started anew: every connection ends.
@@ -270,6 +288,7 @@ impl Muxer {
             return;
         };
         endpoint.role = Role::Stream(ports, Connection::requested());
+        self.counters.host_connections += 1;
         self.by_ports.insert(ports, token);
         self.wait_for(token, Wait::Response);
         self.enqueue(token);

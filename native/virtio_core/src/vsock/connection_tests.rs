@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::vhost_user::credit::BUFFER_SIZE;
+use crate::vsock::credit::BUFFER_SIZE;
 
 fn header(operation: Operation, len: u32, flags: u32) -> PacketHeader {
     PacketHeader {

@@ -11,7 +11,8 @@ use std::os::unix::net::UnixStream;
 
 use rustix::net::{RecvFlags, SendFlags};
 
-use super::buffers::GuestBuffers;
+use crate::buffers::GuestBuffers;
+
 use super::connection::Connection;
 use super::handshake::{HandshakeError, MAX_LINE_SIZE, parse_connect};
 
@@ -124,7 +125,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// The host takes no more; nothing is kept.
-    pub fn deliver(&mut self, payload: &GuestBuffers<'_>) -> io::Result<usize> {
+    pub fn deliver(&mut self, payload: &GuestBuffers) -> io::Result<usize> {
         let mut sent = 0;
         while self.is_writable && !self.has_backlog() && sent < payload.len() {
             match payload.send(self.socket.as_fd(), sent) {
@@ -138,9 +139,7 @@ impl Endpoint {
             // The connection's credit bounds this: it admitted no more than BUFFER_SIZE bytes.
             let start = self.backlog.len();
             self.backlog.resize(start + rest, 0);
-            payload
-                .range(sent, rest)
-                .copy_to(&mut self.backlog[start..]);
+            payload.copy_to(sent, &mut self.backlog[start..]);
         }
         Ok(sent)
     }
@@ -199,7 +198,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// As readv(2); EAGAIN clears the readiness.
-    pub fn read_into(&mut self, payload: &GuestBuffers<'_>) -> io::Result<usize> {
+    pub fn read_into(&mut self, payload: &GuestBuffers) -> io::Result<usize> {
         let result = payload.receive(self.socket.as_fd());
         match &result {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.is_readable = false,

@@ -5,17 +5,20 @@
 
 use std::io;
 
-use super::super::buffers::GuestBuffers;
+use crate::buffers::GuestBuffers;
+use crate::ring::RingError;
+
 use super::super::connection::{Action, Connection};
 use super::super::endpoint::{Endpoint, PortPair, Role};
 use super::super::packet::{HOST_CID, MAX_PAYLOAD_SIZE, Operation, PacketHeader, TYPE_STREAM};
-use super::super::queue::{QueueError, RxRing};
+use super::super::receive::RxRing;
 use super::super::table::Token;
 use super::{Muxer, outgoing};
 
 impl Muxer {
     /// A packet came from the guest. `payload` is everything after the header.
-    pub fn receive(&mut self, header: &PacketHeader, payload: &GuestBuffers<'_>) {
+    pub fn receive(&mut self, header: &PacketHeader, payload: &GuestBuffers) {
+        self.counters.packets_from_guest += 1;
         let operation = match header.check(self.guest_cid) {
             Ok(operation) if header.len as usize <= payload.len() => operation,
             _ => return self.refuse(header),
@@ -79,6 +82,7 @@ impl Muxer {
         });
         match made {
             Ok(token) => {
+                self.counters.guest_connections += 1;
                 self.by_ports.insert(ports, token);
                 self.enqueue(token);
             }
@@ -86,7 +90,7 @@ impl Muxer {
         }
     }
 
-    fn act(&mut self, token: Token, action: Action, payload: &GuestBuffers<'_>) {
+    fn act(&mut self, token: Token, action: Action, payload: &GuestBuffers) {
         let Some(endpoint) = self.endpoint(token) else {
             return;
         };
@@ -102,7 +106,10 @@ impl Muxer {
                     return self.abort(token);
                 }
             }
-            Action::Deliver(len) => self.deliver(token, len, payload),
+            Action::Deliver(len) => {
+                self.counters.bytes_from_guest += u64::from(len);
+                self.deliver(token, len, payload);
+            }
             Action::HalfClosed => {
                 let (is_silent, is_deaf) = (
                     connection.guest_sends_no_more(),
@@ -121,7 +128,7 @@ impl Muxer {
         self.after_change(token);
     }
 
-    fn deliver(&mut self, token: Token, len: u32, payload: &GuestBuffers<'_>) {
+    fn deliver(&mut self, token: Token, len: u32, payload: &GuestBuffers) {
         let Some(endpoint) = self.endpoint(token) else {
             return;
         };
@@ -147,7 +154,7 @@ impl Muxer {
     ///
     /// # Errors
     /// The ring is broken.
-    pub fn transmit(&mut self, ring: &mut RxRing<'_, '_>) -> Result<(), QueueError> {
+    pub fn transmit(&mut self, ring: &mut RxRing<'_>) -> Result<(), RingError> {
         while self.has_pending() && !ring.is_done() {
             if let Some(reset) = self.resets.front() {
                 if ring.put(reset)? {
@@ -168,7 +175,7 @@ impl Muxer {
         Ok(())
     }
 
-    fn transmit_one(&mut self, token: Token, ring: &mut RxRing<'_, '_>) -> Result<(), QueueError> {
+    fn transmit_one(&mut self, token: Token, ring: &mut RxRing<'_>) -> Result<(), RingError> {
         let guest_cid = self.guest_cid;
         let Some(endpoint) = self.endpoint(token) else {
             return Ok(());
@@ -193,31 +200,37 @@ impl Muxer {
         }
         let wanted = allowance.min(MAX_PAYLOAD_SIZE) as usize;
         let reservation = ring.reserve(wanted, endpoint.read_batch)?;
-        if reservation.payload.is_empty() {
-            return Ok(());
-        }
-        let result = endpoint.read_into(&reservation.payload);
-        let is_gone = endpoint.is_hung_up;
+        let filled = if reservation.payload.is_empty() {
+            0
+        } else {
+            read_host(endpoint, &reservation.payload)
+        };
         let Role::Stream(_, connection) = &mut endpoint.role else {
             return Ok(());
         };
-        let filled = match result {
-            Ok(0) => {
-                connection.on_host_closed(is_gone);
-                0
-            }
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(_broken) => {
-                connection.on_host_closed(true);
-                0
-            }
-        };
-        ring.commit(&reservation, filled, |len| {
+        ring.commit(reservation, filled, |len| {
             connection.on_data_sent(len);
             connection.on_account_sent();
             let header = outgoing(guest_cid, ports, connection, Operation::ReadWrite);
             PacketHeader { len, ..header }
-        })
+        });
+        self.counters.bytes_to_guest += filled as u64;
+        Ok(())
     }
+}
+
+/// Read the host's socket into guest buffers; what its end means for the stream is noted.
+fn read_host(endpoint: &mut Endpoint, payload: &GuestBuffers) -> usize {
+    let result = endpoint.read_into(payload);
+    let is_gone = endpoint.is_hung_up;
+    let Role::Stream(_, connection) = &mut endpoint.role else {
+        return 0;
+    };
+    match result {
+        Ok(0) => connection.on_host_closed(is_gone),
+        Ok(count) => return count,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+        Err(_broken) => connection.on_host_closed(true),
+    }
+    0
 }

@@ -4,21 +4,18 @@ use std::io::{Read, Write};
 use std::sync::Mutex;
 
 use proptest::prelude::*;
-use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_WRITE;
-use virtio_queue::desc::RawDescriptor;
-use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::vhost_user::buffers::{Direction, GuestBuffers};
-use crate::vhost_user::packet::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
-use crate::vhost_user::queue::{RxRing, Vring};
+use crate::buffers::GuestBuffers;
+use crate::mock::{MockBuffer, MockDriver, mock_ram};
+use crate::ram::GuestRam;
+use crate::ring::Ring;
+use crate::vsock::packet::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use crate::vsock::receive::{ChainPool, RxRing};
 
 const CID: u64 = 3;
 const QUEUE_SIZE: u16 = 64;
-const TABLE: u64 = 0x1000;
-const AVAILABLE: u64 = 0x2000;
-const USED: u64 = 0x3000;
+const RING: u64 = 0x1000;
 const PAYLOAD: u64 = 0x1_0000;
 const BUFFERS: u64 = 0x10_0000;
 const BUFFER_LEN: u32 = 44 + 4096;
@@ -47,23 +44,24 @@ fn pair() -> (UnixStream, UnixStream) {
 }
 
 struct Guest {
-    memory: GuestMemoryMmap,
-    rx: Vring,
-    posted: u16,
-    collected: u16,
+    ram: Arc<GuestRam>,
+    driver: MockDriver,
+    rx: Ring,
+    pool: ChainPool,
+    free_buffers: u16,
     epoll: Arc<OwnedFd>,
     muxer: Muxer,
     dialled: Dialled,
 }
 
+fn buffer_address(head: u32) -> u64 {
+    BUFFERS + u64::from(head) * 0x2000
+}
+
 impl Guest {
     fn new() -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x20_0000)]).unwrap();
-        let mut rx = Vring::new().unwrap();
-        rx.set_size(QUEUE_SIZE).unwrap();
-        rx.set_addresses(TABLE, AVAILABLE, USED).unwrap();
-        rx.is_enabled = true;
-        assert!(rx.start(&memory));
+        let ram = mock_ram(0x20_0000);
+        let driver = MockDriver::new(&ram, RING, QUEUE_SIZE);
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap());
         let dialled = Dialled::default();
         let muxer = Muxer::new(
@@ -71,48 +69,35 @@ impl Guest {
             Box::new(EvenDialer(Arc::clone(&dialled))),
             Arc::clone(&epoll),
         );
-        let guest = Self {
-            memory,
-            rx,
-            posted: 0,
-            collected: 0,
+        Self {
+            rx: driver.ring(false).unwrap(),
+            ram,
+            driver,
+            pool: ChainPool::default(),
+            free_buffers: QUEUE_SIZE,
             epoll,
             muxer,
             dialled,
-        };
-        for index in 0..QUEUE_SIZE {
-            let address = BUFFERS + u64::from(index) * 0x2000;
-            let flags = u16::try_from(VRING_DESC_F_WRITE).unwrap();
-            let made = RawDescriptor::from(Descriptor::new(address, BUFFER_LEN, flags, 0));
-            guest
-                .memory
-                .write_obj(made, GuestAddress(TABLE + u64::from(index) * 16))
-                .unwrap();
         }
-        guest
     }
 
     /// Make `count` more receive buffers available.
     fn post(&mut self, count: u16) {
         for _ in 0..count {
-            let slot = self.posted % QUEUE_SIZE;
-            self.memory
-                .write_obj(slot, GuestAddress(AVAILABLE + 4 + 2 * u64::from(slot)))
-                .unwrap();
-            self.posted = self.posted.wrapping_add(1);
-            self.memory
-                .write_obj(self.posted, GuestAddress(AVAILABLE + 2))
-                .unwrap();
+            let address = buffer_address(u32::from(self.driver.next_head()));
+            self.driver
+                .add(&[MockBuffer::writable(address, BUFFER_LEN)]);
+            self.free_buffers -= 1;
         }
     }
 
     fn free_buffers(&self) -> u16 {
-        QUEUE_SIZE - self.posted.wrapping_sub(self.collected)
+        self.free_buffers
     }
 
     /// Let the muxer work, with the buffers posted so far; gives what it put there.
     fn turn(&mut self) -> Vec<(PacketHeader, Vec<u8>)> {
-        let mut events = Vec::with_capacity(2048);
+        let mut events = Vec::with_capacity(2 * MAX_CONNECTIONS);
         let no_wait = rustix::event::Timespec {
             tv_sec: 0,
             tv_nsec: 0,
@@ -127,26 +112,20 @@ impl Guest {
             self.muxer.on_socket(event.data.u64(), event.flags, true);
         }
         self.muxer
-            .transmit(&mut RxRing::new(&mut self.rx, &self.memory, 1000))
+            .transmit(&mut RxRing::new(&mut self.rx, &mut self.pool, 1000))
             .unwrap();
-        let used: u16 = self.memory.read_obj(GuestAddress(USED + 2)).unwrap();
         let mut packets = Vec::new();
-        while self.collected != used {
-            let at = USED + 4 + u64::from(self.collected % QUEUE_SIZE) * 8;
-            let head: u32 = self.memory.read_obj(GuestAddress(at)).unwrap();
-            let len: u32 = self.memory.read_obj(GuestAddress(at + 4)).unwrap();
-            let mut bytes = vec![0; len as usize];
-            let address = BUFFERS + u64::from(head) * 0x2000;
-            self.memory
-                .read_slice(&mut bytes, GuestAddress(address))
-                .unwrap();
+        for used in self.driver.take_used() {
+            let mut bytes = self
+                .driver
+                .read(buffer_address(used.head), used.len as usize);
             let header = PacketHeader::parse_prefix(&bytes).unwrap();
             assert_eq!(
                 (header.src_cid, header.len as usize),
                 (HOST_CID, bytes.len() - 44)
             );
             packets.push((header, bytes.split_off(44)));
-            self.collected = self.collected.wrapping_add(1);
+            self.free_buffers += 1;
         }
         packets
     }
@@ -165,15 +144,9 @@ impl Guest {
     }
 
     fn send_raw(&mut self, header: &PacketHeader, payload: &[u8]) {
-        self.memory
-            .write_slice(payload, GuestAddress(PAYLOAD))
-            .unwrap();
-        let len = u32::try_from(payload.len()).unwrap();
-        let chain = [Descriptor::new(PAYLOAD, len, 0, 0)];
-        let mut buffers = GuestBuffers::default();
-        buffers
-            .gather(&self.memory, chain.into_iter(), Direction::FromGuest, 8)
-            .unwrap();
+        self.driver.write(PAYLOAD, payload);
+        let mut buffers = GuestBuffers::new(Arc::clone(&self.ram));
+        assert!(buffers.push(PAYLOAD, payload.len()));
         self.muxer.receive(header, &buffers);
     }
 

@@ -4,20 +4,23 @@
 //! - `header <guest cid> <hex>` → `<the ten fields> <hex of them encoded again> <accepted|refused>`,
 //!   or `truncated`;
 //! - `walk <queue size> <table> <available> <used> <hex of guest memory from address 0>` →
-//!   `ring` if the ring is nonsense, else per chain `<head>:<sound|broken>:<address>,<len>,<r|w>;…`,
-//!   separated by blanks after a leading `chains`; a head that cannot be given back ends the list as
-//!   `<head>:invalid:`.
+//!   `ring` if the ring is nonsense, else per chain `<head>:sound:<address>,<len>,<r|w>;…` (each
+//!   buffer that is not empty) or `<head>:broken:`, separated by blanks after a leading `chains`; a
+//!   head that is no descriptor ends the list as `<head>:invalid:`.
 //!
 //! Anything else answers `error …`. Runs until its input ends.
 
 use std::fmt::Write as _;
 use std::io::{self, BufRead, Write};
 
-use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vsock_io::vhost_user::buffers::{Direction, GuestBuffers};
-use vsock_io::vhost_user::packet::PacketHeader;
-use vsock_io::vhost_user::queue::{QueueError, Vring};
+use std::sync::Arc;
+
+use virtio_core::buffers::GuestBuffers;
+use virtio_core::chain::Chain;
+use virtio_core::ram::GuestRam;
+use virtio_core::ring::{Ring, RingError, RingState};
+use virtio_core::vsock::packet::PacketHeader;
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 fn main() -> io::Result<()> {
     let mut output = io::stdout().lock();
@@ -86,52 +89,58 @@ fn header(cid: u64, bytes: &[u8]) -> String {
     )
 }
 
-fn walk(size: u16, [table, available, used]: [u64; 3], bytes: &[u8]) -> Option<String> {
+fn walk(size: u16, [descriptors, available, used]: [u64; 3], bytes: &[u8]) -> Option<String> {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes.len())]).ok()?;
     memory.write_slice(bytes, GuestAddress(0)).ok()?;
-    let mut vring = Vring::new().ok()?;
-    vring.set_size(size).ok()?;
-    vring.set_addresses(table, available, used).ok()?;
-    vring.is_enabled = true;
-    if !vring.start(&memory) {
-        return None;
-    }
+    let ram = GuestRam::new(memory);
+    let state = RingState {
+        size,
+        descriptors,
+        available,
+        used,
+        ..RingState::default()
+    };
+    let mut ring = Ring::new(Arc::clone(&ram), state).ok()?;
+    let mut chain = Chain::new(&ram);
     let mut answer = "chains".to_owned();
+    let mut seen = 0u16;
     loop {
-        match vring.pop(&memory) {
-            Err(QueueError::Available(_)) => return Some("ring".to_owned()),
-            Err(_) => return None,
-            Ok(None) => return Some(answer),
-            Ok(Some(chain)) => {
-                let head = chain.head_index();
-                if vring.complete(&memory, head, 0).is_err() {
-                    return Some(format!("{answer} {head}:invalid:"));
-                }
-                answer.push_str(&describe(&memory, size, chain));
-            }
+        let popped = ring.pop(&mut chain);
+        // What was given back by the ring itself broke a rule.
+        while seen != ring.state().next_used {
+            let at = used + 4 + u64::from(seen % size) * 8;
+            let head: u32 = ram.mappings().read_obj(GuestAddress(at)).ok()?;
+            let _result = write!(answer, " {head}:broken:");
+            seen += 1;
         }
+        match popped {
+            Ok(true) => {}
+            Ok(false) => return Some(answer),
+            Err(RingError::AvailableIndex { .. }) => return Some("ring".to_owned()),
+            Err(RingError::Head { head, .. }) => return Some(format!("{answer} {head}:invalid:")),
+            Err(_) => return None,
+        }
+        ring.complete(chain.head, 0);
+        seen += 1;
+        let mut buffers = describe(&ram, &chain.readable, 'r')?;
+        buffers.extend(describe(&ram, &chain.writable, 'w')?);
+        let _result = write!(answer, " {}:sound:{}", chain.head, buffers.join(";"));
     }
 }
 
-fn describe(
-    memory: &GuestMemoryMmap,
-    size: u16,
-    chain: DescriptorChain<&GuestMemoryMmap>,
-) -> String {
-    let head = chain.head_index();
-    let mut buffers = GuestBuffers::default();
-    let gathered = buffers.gather(
-        memory,
-        chain.clone(),
-        Direction::FromGuest,
-        usize::from(size),
-    );
-    let verdict = if gathered.is_ok() { "sound" } else { "broken" };
-    let descriptors: Vec<String> = chain
-        .map(|descriptor| {
-            let direction = if descriptor.is_write_only() { 'w' } else { 'r' };
-            format!("{},{},{direction}", descriptor.addr().0, descriptor.len())
-        })
-        .collect();
-    format!(" {head}:{verdict}:{}", descriptors.join(";"))
+/// The buffers by their guest addresses; memory is one mapping from address 0.
+fn describe(ram: &GuestRam, buffers: &GuestBuffers, direction: char) -> Option<Vec<String>> {
+    let start = ram.mappings().get_host_address(GuestAddress(0)).ok()?;
+    let mut described = Vec::new();
+    let mut offset = 0;
+    while offset < buffers.len() {
+        // A long chain takes several calls.
+        let iovecs = buffers.iovecs(offset, buffers.len() - offset);
+        for entry in iovecs.as_slice() {
+            let address = entry.iov_base.addr() - start.addr();
+            described.push(format!("{address},{},{direction}", entry.iov_len));
+        }
+        offset += iovecs.len;
+    }
+    Some(described)
 }
