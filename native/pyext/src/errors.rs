@@ -123,20 +123,14 @@ fn device_error(error: DeviceError, text: &str) -> PyErr {
         DeviceError::Hybrid(HybridError::Listen(ListenError { path, source })) => {
             path_error(&source, text, &path)
         }
-        DeviceError::Hybrid(HybridError::System {
-            operation: _,
-            source,
-        })
+        DeviceError::Hybrid(HybridError::Watch(source))
         | DeviceError::System {
             operation: _,
             source,
         } => os_error(&source, text, None),
-        DeviceError::Disconnected
-        | DeviceError::Protocol(_)
-        | DeviceError::Hybrid(HybridError::Ring {
-            index: _,
-            source: _,
-        }) => PyRuntimeError::new_err(text.to_owned()),
+        DeviceError::Disconnected | DeviceError::Protocol(_) | DeviceError::Queue(_) => {
+            PyRuntimeError::new_err(text.to_owned())
+        }
     }
 }
 

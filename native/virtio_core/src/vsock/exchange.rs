@@ -10,12 +10,26 @@ use crate::buffers::GuestBuffers;
 use crate::chain::Chain;
 use crate::ring::{Ring, RingError};
 
+use thiserror::Error;
+
 use super::muxer::Muxer;
 use super::packet::{HEADER_SIZE, PacketHeader};
 use super::receive::{ChainPool, RxRing};
+use super::{RX_QUEUE, TX_QUEUE};
 
 /// Packets moved in one turn, each way.
 const PACKETS_PER_TURN: usize = 256;
+
+/// The guest's driver broke a ring.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("serve the {} queue", if *.index == RX_QUEUE { "receive" } else { "transmit" })]
+pub struct QueueError {
+    /// Which queue.
+    pub index: usize,
+    /// What it broke.
+    #[source]
+    pub source: RingError,
+}
 
 /// What moving packets needs of memory, kept between turns.
 #[derive(Debug, Default)]
@@ -28,6 +42,24 @@ impl Exchange {
     /// Hold on to no guest memory.
     pub fn forget(&mut self) {
         *self = Self::default();
+    }
+
+    /// Move packets both ways. True if more can be moved at once.
+    ///
+    /// # Errors
+    /// A ring is broken.
+    pub fn run(
+        &mut self,
+        muxer: &mut Muxer,
+        rx: &mut Ring,
+        tx: &mut Ring,
+    ) -> Result<bool, QueueError> {
+        let broken = |index| move |source| QueueError { index, source };
+        let tx_has_more = self.drain_tx(muxer, tx).map_err(broken(TX_QUEUE))?;
+        let rx_has_more = self.fill_rx(muxer, rx).map_err(broken(RX_QUEUE))?;
+        // Packets left on the ring for want of reply space can be taken when there is some again;
+        // without guest buffers there is none, and the guest's next buffer kicks.
+        Ok(rx_has_more || tx_has_more && !muxer.is_reply_queue_full())
     }
 
     /// Take packets from the guest. True if some were left on the ring.

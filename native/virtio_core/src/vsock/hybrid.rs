@@ -22,12 +22,11 @@ use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::ring::{Ring, RingError};
+use crate::ring::Ring;
 
-use super::exchange::Exchange;
+use super::exchange::{Exchange, QueueError};
 use super::listener::{BoundListener, ListenError, PathDialer};
 use super::muxer::{Muxer, MuxerCounters};
-use super::{RX_QUEUE, TX_QUEUE};
 
 /// Socket events handled in one call.
 const EVENTS_PER_POLL: usize = 64;
@@ -38,47 +37,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Epoll datum of the listener; tokens of the muxer are far above.
 const LISTENER: u64 = 0;
 
-/// Why the device cannot be made, or not go on.
+/// Why the device cannot be made.
 #[derive(Debug, Error)]
 pub enum HybridError {
     /// the hybrid socket could not be made
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// the guest's driver broke a ring
-    #[error("serve the {} queue", queue_name(*.index))]
-    Ring {
-        /// Which queue.
-        index: usize,
-        /// The cause.
-        #[source]
-        source: RingError,
-    },
-    /// a system call that should not fail did
-    #[error("{operation}")]
-    System {
-        /// What was attempted.
-        operation: &'static str,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl HybridError {
-    fn system(operation: &'static str) -> impl Fn(Errno) -> Self {
-        move |errno| Self::System {
-            operation,
-            source: errno.into(),
-        }
-    }
-}
-
-fn queue_name(index: usize) -> &'static str {
-    match index {
-        RX_QUEUE => "receive",
-        TX_QUEUE => "transmit",
-        _ => "event",
-    }
+    /// its epoll set could not be made
+    #[error("watch the hybrid socket")]
+    Watch(#[source] io::Error),
 }
 
 /// One guest's connections and the hybrid socket.
@@ -96,15 +63,14 @@ impl HybridVsock {
     /// # Errors
     /// The path cannot be bound, or the system refused; nothing is left behind.
     pub fn bind(path: &Path, guest_cid: u64) -> Result<Self, HybridError> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
-            .map_err(HybridError::system("create an epoll set"))?;
+        let failed = |errno: Errno| HybridError::Watch(errno.into());
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?;
         let epoll = Arc::new(epoll);
         let listener = BoundListener::bind(path)?;
         let data = epoll::EventData::new_u64(LISTENER);
         // Edge-triggered: what waits while we pause accepting is no event.
         let interest = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        epoll::add(&epoll, &listener, data, interest)
-            .map_err(HybridError::system("watch the hybrid socket"))?;
+        epoll::add(&epoll, &listener, data, interest).map_err(failed)?;
         let dialer = Box::new(PathDialer::new(path));
         Ok(Self {
             muxer: Muxer::new(guest_cid, dialer, Arc::clone(&epoll)),
@@ -120,8 +86,8 @@ impl HybridVsock {
     /// ask for a port are turned away.
     ///
     /// # Errors
-    /// The epoll set failed.
-    pub fn poll(&mut self, is_guest_ready: bool) -> Result<bool, HybridError> {
+    /// The epoll set failed, which should not be.
+    pub fn poll(&mut self, is_guest_ready: bool) -> Result<bool, Errno> {
         let mut room = [MaybeUninit::uninit(); EVENTS_PER_POLL];
         let no_wait = Timespec {
             tv_sec: 0,
@@ -130,7 +96,7 @@ impl HybridVsock {
         let events = match epoll::wait(&self.epoll, &mut room, Some(&no_wait)) {
             Ok((events, _rest)) => &*events,
             Err(Errno::INTR) => &[],
-            Err(errno) => return Err(HybridError::system("wait for host sockets")(errno)),
+            Err(errno) => return Err(errno),
         };
         for event in events {
             match event.data.u64() {
@@ -167,19 +133,8 @@ impl HybridVsock {
     ///
     /// # Errors
     /// A ring is broken.
-    pub fn exchange(&mut self, rx: &mut Ring, tx: &mut Ring) -> Result<bool, HybridError> {
-        let broken = |index| move |source| HybridError::Ring { index, source };
-        let tx_has_more = self
-            .exchange
-            .drain_tx(&mut self.muxer, tx)
-            .map_err(broken(TX_QUEUE))?;
-        let rx_has_more = self
-            .exchange
-            .fill_rx(&mut self.muxer, rx)
-            .map_err(broken(RX_QUEUE))?;
-        // Packets left on the ring for want of reply space can be taken when there is some again;
-        // without guest buffers there is none, and the guest's next buffer kicks.
-        Ok(rx_has_more || tx_has_more && !self.muxer.is_reply_queue_full())
+    pub fn exchange(&mut self, rx: &mut Ring, tx: &mut Ring) -> Result<bool, QueueError> {
+        self.exchange.run(&mut self.muxer, rx, tx)
     }
 
     /// When [`HybridVsock::poll`] has to be called next, whatever happens.

@@ -15,3 +15,4 @@ pub mod rng;
 mod saved;
 pub mod throttle;
 mod turn;
+pub mod vsock;

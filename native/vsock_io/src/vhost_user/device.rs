@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 use virtio_core::vsock::QUEUE_COUNT;
+use virtio_core::vsock::exchange::QueueError;
 use virtio_core::vsock::hybrid::{HybridError, HybridVsock};
 use virtio_core::vsock::listener::BoundListener;
 use virtio_core::vsock::muxer::MuxerCounters;
@@ -34,9 +35,12 @@ const HOST_SOCKETS: u64 = 2;
 /// Why the device ended.
 #[derive(Debug, Error)]
 pub enum DeviceError {
-    /// a listening socket could not be made, or the guest's driver broke a ring
+    /// a listening socket could not be made
     #[error(transparent)]
     Hybrid(#[from] HybridError),
+    /// the guest's driver broke a ring
+    #[error(transparent)]
+    Queue(#[from] QueueError),
     /// the monitor closed its connection, or died
     #[error("the machine disconnected")]
     Disconnected,
@@ -145,7 +149,10 @@ impl Device {
         }
         if is_host_due {
             let is_active = lock(&self.backend).is_active();
-            has_more |= self.host.poll(is_active)?;
+            has_more |= self
+                .host
+                .poll(is_active)
+                .map_err(|errno| system("wait for host sockets", errno))?;
         }
         has_more |= self.exchange()?;
         Ok(Turn {

@@ -149,6 +149,7 @@ impl DeviceSource {
                 let code = match error {
                     DeviceError::Disconnected => Code::UNAVAILABLE,
                     DeviceError::Hybrid(_)
+                    | DeviceError::Queue(_)
                     | DeviceError::Protocol(_)
                     | DeviceError::System { .. } => Code::INTERNAL,
                 };
