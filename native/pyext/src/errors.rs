@@ -2,34 +2,22 @@
 //! build until it is mapped. What the operating system refused becomes the matching `OSError`
 //! subclass with errno; a wrong argument becomes `ValueError`; causes are kept in the text.
 
+mod machine;
+
 use std::error::Error;
 use std::io;
 use std::path::Path;
 
-use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTimeoutError, PyValueError};
-use pyo3::{PyErr, create_exception};
-use rustix::io::Errno;
+use pyo3::PyErr;
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use virtio_core::vsock::hybrid::HybridError;
 use virtio_core::vsock::listener::ListenError;
-use vmm_core::boot::BootError;
-use vmm_core::kvm::KvmError;
-use vmm_core::snapshot::SnapshotError;
-use vmm_core::virtio::fs::FsError;
-use vmm_core::vm::VmError;
 use vsock_io::address::AddressError;
 use vsock_io::reactor::ReactorError;
 use vsock_io::vhost_user::VhostUserError;
 use vsock_io::vhost_user::device::DeviceError;
 
-create_exception!(
-    kata_hybrid._native.vmm,
-    VmmError,
-    PyRuntimeError,
-    "A machine failed, or cannot do what was asked of it; the text has every cause."
-);
-
-/// The device file that every machine begins with.
-const KVM_DEVICE: &str = "/dev/kvm";
+pub(crate) use machine::{MachineError, VmmError};
 
 /// What a call of the extension can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -70,12 +58,9 @@ pub(crate) enum NativeError {
     /// The vsock device for another process's machine.
     #[error(transparent)]
     VhostUser(#[from] VhostUserError),
-    /// The machine.
+    /// The machine, or a device of it.
     #[error(transparent)]
-    Vm(#[from] VmError),
-    /// A shared folder.
-    #[error(transparent)]
-    Folder(#[from] FsError),
+    Machine(#[from] MachineError),
 }
 
 impl From<NativeError> for PyErr {
@@ -95,8 +80,7 @@ impl From<NativeError> for PyErr {
                 reactor_error(&error, &text)
             }
             NativeError::VhostUser(VhostUserError::Device(error)) => device_error(error, &text),
-            NativeError::Vm(error) => vm_error(&error, &text),
-            NativeError::Folder(error) => folder_error(&error, &text),
+            NativeError::Machine(error) => machine::exception(&error, &text),
             NativeError::Word {
                 argument: _,
                 allowed: _,
@@ -134,90 +118,9 @@ fn device_error(error: DeviceError, text: &str) -> PyErr {
     }
 }
 
-fn vm_error(error: &VmError, text: &str) -> PyErr {
-    match error {
-        VmError::OutOfRange {
-            name: _,
-            value: _,
-            min: _,
-            max: _,
-        } => PyValueError::new_err(text.to_owned()),
-        VmError::Timeout(_) => PyTimeoutError::new_err(text.to_owned()),
-        VmError::Kvm(error) => kvm_error(error, text),
-        VmError::State {
-            state: _,
-            request: _,
-        }
-        | VmError::Gone
-        | VmError::VcpuStuck(_)
-        | VmError::TooManyDevices { max: _ }
-        | VmError::Bus(_) => VmmError::new_err(text.to_owned()),
-        VmError::Boot(BootError::Open {
-            what: _,
-            path,
-            source,
-        })
-        | VmError::Snapshot(SnapshotError::File {
-            operation: _,
-            path,
-            source,
-        }) => path_error(source, text, path),
-        VmError::Console(source)
-        | VmError::System {
-            operation: _,
-            source,
-        } => os_error(source, text, None),
-        VmError::Memory(_)
-        | VmError::Boot(_)
-        | VmError::Vcpu(_)
-        | VmError::Tables(_)
-        | VmError::Serial(_)
-        | VmError::Device(_)
-        | VmError::Snapshot(_) => machine_error(error, text),
-    }
-}
-
-fn kvm_error(error: &KvmError, text: &str) -> PyErr {
-    let errno = match error {
-        KvmError::Absent => Errno::NOENT.raw_os_error(),
-        KvmError::PermissionDenied => Errno::ACCESS.raw_os_error(),
-        KvmError::Open(source) => source.errno(),
-        KvmError::ApiVersion(_)
-        | KvmError::Call { name: _, source: _ }
-        | KvmError::Allocate(_)
-        | KvmError::Memory(_) => return VmmError::new_err(text.to_owned()),
-    };
-    path_error(
-        &io::Error::from_raw_os_error(errno),
-        text,
-        Path::new(KVM_DEVICE),
-    )
-}
-
-fn folder_error(error: &FsError, text: &str) -> PyErr {
-    match error {
-        FsError::Folder { folder, source } => path_error(source, text, folder),
-        FsError::NotDirectory { folder } => {
-            let not_directory = Errno::NOTDIR.into();
-            path_error(&not_directory, text, folder)
-        }
-        FsError::Tag(_) | FsError::QueueSize(_) => PyValueError::new_err(text.to_owned()),
-    }
-}
-
 /// `OSError` with `filename`.
 fn path_error(source: &io::Error, text: &str, path: &Path) -> PyErr {
     os_error(source, text, Some(path.to_string_lossy().into_owned()))
-}
-
-/// The operating system's refusal, if one is at the bottom; else the machine's own failure.
-fn machine_error(error: &(dyn Error + 'static), text: &str) -> PyErr {
-    let mut causes = std::iter::successors(Some(error), |error| (*error).source());
-    let refusal = causes.find_map(|cause| cause.downcast_ref::<io::Error>());
-    match refusal.filter(|refusal| refusal.raw_os_error().is_some()) {
-        Some(refusal) => os_error(refusal, text, None),
-        None => VmmError::new_err(text.to_owned()),
-    }
 }
 
 /// `OSError(errno, text[, filename])`, which Python turns into the subclass for errno.

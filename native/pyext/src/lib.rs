@@ -47,7 +47,9 @@ mod _native {
         #[pymodule_export]
         use crate::errors::VmmError;
         #[pymodule_export]
-        use crate::vmm::{DeviceMetrics, KvmProbe, Vm, VmConfig, VmExit, probe_kvm};
+        use crate::vmm::{
+            Balloon, DeviceMetrics, KvmProbe, Limit, Vm, VmConfig, VmExit, probe_kvm,
+        };
     }
 
     /// Talking to the guest: dial, the agent's ttRPC client, stdio copies, a

@@ -8,15 +8,17 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use vmm_core::event::VmEvents;
-use vmm_core::virtio::device::VirtioDevice;
+use vmm_core::virtio::balloon::BalloonConfig;
+use vmm_core::virtio::block::BlockConfig;
 use vmm_core::vm::{VmError, VmState};
 
-use super::devices;
+use super::devices::{self, Device};
+use super::limit::limits;
 use super::reports::Reports;
-use super::{DeviceMetrics, VmConfig, VmExit};
+use super::{Balloon, DeviceMetrics, Limit, VmConfig, VmExit};
 use crate::convert::take_fd;
 use crate::detach::detached;
-use crate::errors::NativeError;
+use crate::errors::{MachineError, NativeError};
 use crate::events::EventPort;
 
 /// A virtual machine in this process. Dropping it stops it.
@@ -44,6 +46,45 @@ impl Vm {
         Ok(Self { vm, reports })
     }
 
+    /// Add a disk; gives the node it has in a Linux guest. Before the start.
+    #[pyo3(signature = (
+        *,
+        id,
+        path,
+        is_read_only = false,
+        is_direct = false,
+        engine = "auto",
+        bandwidth = None,
+        operations = None,
+    ))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one keyword for each property of a disk"
+    )]
+    fn add_disk(
+        &self,
+        py: Python<'_>,
+        id: String,
+        path: PathBuf,
+        is_read_only: bool,
+        is_direct: bool,
+        engine: &str,
+        bandwidth: Option<Limit>,
+        operations: Option<Limit>,
+    ) -> PyResult<String> {
+        let config = BlockConfig {
+            id,
+            path,
+            is_read_only,
+            is_direct,
+            engine: devices::engine(engine)?,
+            rate_limiter: (bandwidth.is_some() || operations.is_some())
+                .then(|| limits(bandwidth, operations)),
+        };
+        let before = self.add(py, || devices::disk(config))?;
+        Ok(devices::disk_node(before))
+    }
+
     /// Share a folder. Before the start.
     #[pyo3(signature = (*, tag, folder, cache = "auto", is_read_only = false))]
     fn add_folder(
@@ -57,6 +98,44 @@ impl Vm {
         let cache = devices::cache_mode(cache)?;
         self.add(py, || devices::folder(tag, folder, cache, is_read_only))?;
         Ok(())
+    }
+
+    /// Let host and guest connect to each other. Before the start.
+    #[pyo3(signature = (*, socket_path, guest_cid = 3))]
+    fn add_vsock(&self, py: Python<'_>, socket_path: PathBuf, guest_cid: u64) -> PyResult<()> {
+        self.add(py, || devices::vsock(socket_path, guest_cid))?;
+        Ok(())
+    }
+
+    /// Give the guest random bytes. Before the start.
+    #[pyo3(signature = (*, bandwidth = None, operations = None))]
+    fn add_rng(
+        &self,
+        py: Python<'_>,
+        bandwidth: Option<Limit>,
+        operations: Option<Limit>,
+    ) -> PyResult<()> {
+        let limits = limits(bandwidth, operations);
+        self.add(py, || devices::rng(&limits))?;
+        Ok(())
+    }
+
+    /// Let the guest give memory back. Before the start.
+    #[pyo3(signature = (*, target_pages = 0, deflates_on_oom = true, reports_free_pages = false))]
+    fn add_balloon(
+        &self,
+        py: Python<'_>,
+        target_pages: u32,
+        deflates_on_oom: bool,
+        reports_free_pages: bool,
+    ) -> PyResult<Balloon> {
+        let (device, control) = devices::balloon(BalloonConfig {
+            target_pages,
+            deflates_on_oom,
+            reports_free_pages,
+        });
+        self.add(py, || Ok(device))?;
+        Ok(control.into())
     }
 
     /// Make the machine and let the guest run.
@@ -130,9 +209,9 @@ impl Vm {
     fn add(
         &self,
         py: Python<'_>,
-        make: impl FnOnce() -> Result<Box<dyn VirtioDevice>, NativeError> + Send,
+        make: impl FnOnce() -> Result<Device, MachineError> + Send,
     ) -> PyResult<usize> {
-        detached(py, || Ok::<_, NativeError>(self.vm.add_device(make()?)?))
+        detached(py, || Ok::<_, MachineError>(self.vm.add_device(make()?)?))
     }
 
     fn launched(&self, result: Result<(), VmError>) -> Result<(), VmError> {
