@@ -1,12 +1,14 @@
 """Run one command in the lab: Debian's kernel in QEMU, with a KVM in it that runs real guests.
 
-For hosts whose own KVM can't: QEMU emulates a processor with nested SVM, virtme-ng boots the kernel
-that set-up unpacked over the live root file system, and kvm-amd works inside. What the command
-writes is gone afterwards, except below ``build/``.
+For hosts whose own KVM can't, or that have none. QEMU emulates a processor with nested SVM;
+virtme-ng boots the kernel that set-up unpacked over the live root file system; kvm-amd works in it.
 
-    python scripts/lab.py -- .venv/bin/python -m pytest tests/lab
+    python scripts/lab.py -- .venv/bin/python -m pytest -m lab tests/lab
+    python scripts/lab.py --shell
 
-The exit status is the command's; 124 if it did not end in time. Standard library and virtme-ng.
+The command runs as root in the checkout. What it writes is gone afterwards, but for ``build/``.
+The exit status is the command's; 124 if it was not done in time, 125 if the lab could not start.
+Standard library only, and virtme-ng as a program. One process group, one thread for each stream.
 """
 
 import argparse
@@ -18,25 +20,39 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from setup_steps import BUILD, ROOT
+from lab_kernel import LAB, find_kernel
+from setup_steps import BUILD, ROOT, SetupError
 
-LAB = BUILD / "lab"
-KERNEL = LAB / "kernel"
 VENV_BIN = ROOT / ".venv" / "bin"
 TIMED_OUT = 124
+FAILED = 125
 _INSIDE = Path(__file__).with_name("lab_inside.sh")
+# Not virtme-ng's own 9p: it caches nothing, and each import of a module would ask the host again.
+_VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
 _PROGRAMS = (
     ("qemu-system-x86_64", "Debian's qemu-system-x86"),
+    (os.fspath(_VIRTIOFSD), "Debian's qemu-system-common"),
     ("modprobe", "Debian's kmod"),
+    ("strings", "Debian's binutils"),
     ("vng", "virtme-ng from PyPI"),
 )
-# Processor: SVM is what makes kvm-amd work; five-level page tables would only cost the emulator.
+# SVM makes kvm-amd work. Five-level page tables would only make each walk of the emulator longer.
 _CPU = "max,svm=on,la57=off"
-_PASSED_ON = ("KATA_HYBRID_", "PYTEST_", "RUST_")
+# Addresses that are the same each time let the emulator use its translations again: without
+# norandmaps, starting a program costs twice as much. The emulated clock is good; asking a slower
+# one, as the kernel would, costs a system call and an exit each time.
+_KERNEL_ARGUMENTS = "mitigations=off nokaslr norandmaps tsc=reliable audit=0"
+_TRANSLATIONS_MIB = 1024
+_CPUS = 2
+_MEMORY_MIB = 6144
+_ENVIRONMENT_PASSED = ("KATA_HYBRID_", "KATA_CONF_FILE", "PYTEST_", "RUST_", "CI")
 
 
 class LabError(Exception):
@@ -47,66 +63,120 @@ class LabError(Exception):
 class Lab:
     """What the machine is like."""
 
-    cpus: int = 2
-    memory_mib: int = 6144
+    cpus: int
+    memory_mib: int
     icount_shift: int | None = None
-    """Guest time follows the count of instructions, 2**shift nanoseconds each: repeatable, slower."""
-    verbose: bool = False
+    """Time in the lab is the count of instructions, 2**shift ns each: repeatable, one thread."""
+    kept: tuple[Path, ...] = ()
+    """Directories below /tmp to be seen in the lab, which has a /tmp of its own."""
+    is_verbose: bool = False
 
-    def run(self, command: list[str], *, timeout_s: float) -> int:
+    def run(self, command: list[str] | None, *, timeout_s: float | None) -> int:
         """Boot, run the command in the checkout, and return its exit status.
+
+        ``None`` is a shell on our terminal.
 
         Raises:
             LabError: something that the lab is made of is missing.
         """
-        kernel = _kernel()
+        try:
+            kernel = find_kernel()
+        except SetupError as error:
+            raise LabError(str(error)) from error
         for program, source in _PROGRAMS:
             if shutil.which(program, path=_search_path()) is None:
                 raise LabError(f"no {program} ({source}): run make setup")
-        with _script(command) as script:
-            return _run_group(self._argv(kernel, script), timeout_s=timeout_s)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        with contextlib.ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=LAB, prefix="run-")))
+            shares = {"ROOTFS": Path("/"), "lab-build": BUILD}
+            devices = [
+                word
+                for number, (tag, source) in enumerate(shares.items())
+                for word in _share(stack, scratch / f"{number}.sock", tag=tag, source=source)
+            ]
+            script = scratch / "command.sh"
+            script.write_text(self._script(command))
+            script.chmod(0o755)
+            argv = self._argv(kernel, script, devices, is_shell=command is None)
+            if command is None:
+                return subprocess.run(argv, env=_environment(), check=False).returncode
+            return _run(argv, deadline=deadline)
 
-    def _argv(self, kernel: Path, script: Path) -> list[str]:
-        accelerator = "-accel tcg,thread=multi,tb-size=1024"
+    def _argv(self, kernel: Path, script: Path, devices: list[str], *, is_shell: bool) -> list[str]:
+        accelerator = ["-accel", f"tcg,thread=multi,tb-size={_TRANSLATIONS_MIB}"]
         if self.icount_shift is not None:
-            accelerator = f"-accel tcg,thread=single -icount shift={self.icount_shift}"
+            accelerator = ["-accel", "tcg,thread=single", "-icount", f"shift={self.icount_shift}"]
+        memory = f"memory-backend-memfd,id=lab-memory,size={self.memory_mib}M,share=on"
+        qemu = [
+            *("-cpu", _CPU, *accelerator),
+            *("-object", memory, "-machine", "memory-backend=lab-memory", *devices),
+        ]
+        path = os.fspath(script)
         return [
             *("vng", "--run", os.fspath(kernel)),
+            # Our own share has the tag that virtme-ng's initramfs tries before its 9p.
             *("--disable-kvm", "--force-9p", "--disable-microvm"),
             *("--cpus", str(self.cpus), "--memory", f"{self.memory_mib}M"),
-            *("--cwd", os.fspath(ROOT), f"--rwdir={BUILD}"),
-            "--append=mitigations=off nokaslr audit=0",
-            *(["--verbose"] if self.verbose else []),
-            f"--qemu-opts=-cpu {_CPU} {accelerator}",
-            *("--exec", f"sh {shlex.quote(os.fspath(script))}"),
+            *("--cwd", os.fspath(ROOT)),
+            *(["--verbose"] if self.is_verbose else []),
+            *("--append", _KERNEL_ARGUMENTS),
+            f"--qemu-opts={shlex.join(qemu)}",
+            *(("--shell", path) if is_shell else ("--exec", path)),
         ]
 
+    def _script(self, command: list[str] | None) -> str:
+        """Return the command as a script: a kernel's command line would have no room for it."""
+        environment = {
+            **{key: value for key, value in os.environ.items() if _is_passed(key)},
+            "KATA_HYBRID_LAB": "1",
+            "HOME": os.environ.get("HOME", "/root"),
+            "TERM": os.environ.get("TERM", "dumb"),
+            "LANG": "C.UTF-8",
+            "PATH": _search_path(),
+        }
+        if command is None:
+            environment["LAB_CONSOLE"] = "1"
+        lines = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
+        # A link's target counts: a checkout may borrow its environment from another one.
+        seen = {ROOT, VENV_BIN.resolve().parent, *(path.resolve() for path in self.kept)}
+        kept = [os.fspath(path) for path in sorted(seen) if path.is_relative_to("/tmp")]  # noqa: S108
+        words = [os.fspath(_INSIDE), os.fspath(ROOT), "\n".join(kept), *(command or ["bash"])]
+        return "\n".join(["#!/bin/sh", *lines, f"exec sh {shlex.join(words)}", ""])
 
-def _kernel() -> Path:
-    found = sorted(KERNEL.glob("boot/vmlinuz-*"))
-    if not found:
-        raise LabError(f"no kernel below {KERNEL}: run make setup")
-    return found[-1]
+
+def _is_passed(name: str) -> bool:
+    return name.startswith(_ENVIRONMENT_PASSED)
 
 
-@contextlib.contextmanager
-def _script(command: list[str]) -> Iterator[Path]:
-    """Write the command to a file: a kernel's command line has no room for it."""
-    environment = {
-        **{key: value for key, value in os.environ.items() if key.startswith(_PASSED_ON)},
-        "KATA_HYBRID_LAB": "1",
-        "HOME": os.environ.get("HOME", "/root"),
-        "TERM": "dumb",
-        "LANG": "C.UTF-8",
-        "PATH": _search_path(),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    lines = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
-    inside = shlex.join(["sh", os.fspath(_INSIDE), os.fspath(ROOT), *command])
-    with tempfile.NamedTemporaryFile("w", dir=LAB, prefix="run-", suffix=".sh") as file:
-        file.write("\n".join([*lines, f"exec {inside}", ""]))
-        file.flush()
-        yield Path(file.name)
+def _share(stack: contextlib.ExitStack, socket: Path, *, tag: str, source: Path) -> list[str]:
+    """Serve a directory to the lab until the stack unwinds; return QEMU's arguments for it."""
+    with socket.with_suffix(".log").open("wb") as log:
+        daemon = subprocess.Popen(
+            [
+                *(os.fspath(_VIRTIOFSD), f"--socket-path={socket}", "-o", f"source={source}"),
+                # Nobody else changes these files while the lab runs.
+                *("-o", "cache=always", "-o", "sandbox=chroot", "--thread-pool-size=0"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    stack.callback(daemon.wait)
+    stack.callback(daemon.kill)
+    give_up = time.monotonic() + 10
+    while not socket.exists():
+        if daemon.poll() is not None or time.monotonic() > give_up:
+            said = socket.with_suffix(".log").read_text(errors="replace")
+            raise LabError(f"virtiofsd does not serve {source}: {said.strip()}")
+        time.sleep(0.02)
+    name = f"lab-{socket.stem}"
+    return [
+        *("-chardev", f"socket,id={name},path={socket}"),
+        *("-device", f"vhost-user-fs-pci,queue-size=1024,chardev={name},tag={tag}"),
+    ]
 
 
 def _search_path() -> str:
@@ -114,24 +184,55 @@ def _search_path() -> str:
     return f"{VENV_BIN}:{path}:/usr/local/sbin:/usr/sbin:/sbin"
 
 
-def _run_group(argv: list[str], *, timeout_s: float) -> int:
-    """Run a program and what it starts; end all of them when time is up or we are interrupted."""
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PATH": _search_path()}
+
+
+def _run(argv: list[str], *, deadline: float | None) -> int:
+    """Run a program and what it starts; end all of it when time is up or we are interrupted.
+
+    The streams are pipes of ours, always: QEMU opens what it is given a second time, which would
+    begin again at the start of a file.
+    """
     process = subprocess.Popen(
         argv,
-        env={**os.environ, "PATH": _search_path()},
+        env=_environment(),
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        print(f"lab: not done in {timeout_s:g} s", file=sys.stderr)
-        return TIMED_OUT
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with (
+        _copying(process.stdout, sys.stdout.fileno()),
+        _copying(process.stderr, sys.stderr.fileno()),
+    ):
+        try:
+            return process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            print("lab: not done in time", file=sys.stderr)
+            return TIMED_OUT
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
+def _copying(source: IO[bytes] | None, target: int) -> Iterator[None]:
+    """Copy a stream to a descriptor as it comes, to its end."""
+    if source is None:
+        raise ValueError("not a pipe")
+
+    def copy() -> None:
+        while data := os.read(source.fileno(), 65536):
+            while data:
+                data = data[os.write(target, data) :]
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    yield
+    thread.join()
+    source.close()
 
 
 def main() -> int:
@@ -139,24 +240,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cpus", type=int, default=2)
-    parser.add_argument("--memory", type=int, default=6144, metavar="MIB")
-    parser.add_argument("--icount", type=int, metavar="SHIFT", help="count instructions as time")
+    parser.add_argument("--cpus", type=int, default=_CPUS)
+    parser.add_argument("--memory", type=int, default=_MEMORY_MIB, metavar="MIB")
+    parser.add_argument("--icount", type=int, metavar="SHIFT", help="time by count of instructions")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIRECTORY",
+        help="a directory below /tmp that the command needs",
+    )
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS")
     parser.add_argument("--verbose", action="store_true", help="show the kernel's messages")
-    parser.add_argument("command", nargs="+", metavar="COMMAND")
+    parser.add_argument("--shell", action="store_true", help="a shell instead of a command")
+    parser.add_argument("command", nargs="*", metavar="COMMAND")
     asked = parser.parse_args()
+    if asked.shell == bool(asked.command):
+        parser.error("either a command or --shell")
     lab = Lab(
         cpus=asked.cpus,
         memory_mib=asked.memory,
         icount_shift=asked.icount,
-        verbose=asked.verbose,
+        kept=tuple(asked.keep),
+        is_verbose=asked.verbose,
     )
     try:
-        return lab.run(asked.command, timeout_s=asked.timeout)
+        return lab.run(asked.command or None, timeout_s=None if asked.shell else asked.timeout)
     except LabError as error:
         print(f"lab: {error}", file=sys.stderr)
-        return 125
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -1,16 +1,23 @@
 #!/bin/sh
-# The first program of the lab (scripts/lab.py): make the machine one that tests can work in, then run
-# the command. Started by virtme-ng's init as root, in the checkout. Runs to the end in under a second.
+# What runs first in the lab (scripts/lab.py): make the machine one that tests can work in, then become
+# the command. virtme-ng's init starts it as root, with the command's environment already set.
+#
+#   lab_inside.sh CHECKOUT KEPT COMMAND...
+#
+# KEPT: directories below /tmp, one a line, that stay visible.
 set -eu
 checkout=$1
-shift
+kept=$2
+shift 2
 
-# virtme-ng's channels to the caller: udev would name them, and a boot without udev is much shorter.
+# virtme-ng's channels to the caller. udev would make these names; a boot without it is seconds shorter.
 mkdir -p /dev/virtio-ports
 for port in /sys/class/virtio-ports/*; do
     ln -sf "../${port##*/}" "/dev/virtio-ports/$(cat "$port/name")"
 done
-exec </dev/null >/dev/virtio-ports/virtme.stdout 2>/dev/virtio-ports/virtme.stderr
+if [ -z "${LAB_CONSOLE-}" ]; then
+    exec </dev/null >/dev/virtio-ports/virtme.stdout 2>/dev/virtio-ports/virtme.stderr
+fi
 
 fail() {
     echo "lab: $1" >&2
@@ -20,23 +27,35 @@ fail() {
 for module in kvm_amd vhost_vsock vhost_net tun overlay; do
     modprobe "$module" || fail "module $module does not load"
 done
-[ -c /dev/net/tun ] || { mkdir -p /dev/net && mknod -m 0666 /dev/net/tun c 10 200; }
+if [ ! -c /dev/net/tun ]; then
+    mkdir -p /dev/net
+    mknod -m 0666 /dev/net/tun c 10 200
+fi
 ip link set lo up
 
-# A real file system at /tmp: containerd can't put an overlay on virtme-ng's. The checkout may be below it.
-fresh=/run/lab-tmp
-mkdir -p $fresh
-mount -t tmpfs -o mode=1777 lab-tmp $fresh
-case $checkout in
-/tmp/*)
-    mkdir -p "$fresh${checkout#/tmp}"
-    mount --rbind "$checkout" "$fresh${checkout#/tmp}"
-    ;;
-esac
-mount --move $fresh /tmp
+# Changes to the checkout and to the home directory end with the lab, but for build/, which is shared.
+private() {
+    layers=/run/lab/$(echo "$1" | tr / -)
+    mkdir -p "$layers/upper" "$layers/work"
+    mount -t overlay -o "xino=off,lowerdir=$1,upperdir=$layers/upper,workdir=$layers/work" lab "$1"
+}
+private "$checkout"
+private "$HOME"
+mount -t virtiofs lab-build "$checkout/build"
+
+# An ordinary file system at /tmp: containerd's snapshots can't be layers on virtme-ng's overlay.
+mkdir -p /run/lab/tmp
+mount -t tmpfs -o mode=1777 lab-tmp /run/lab/tmp
+echo "$kept" | while read -r directory; do
+    if [ -n "$directory" ]; then
+        mkdir -p "/run/lab/tmp/${directory#/tmp/}"
+        mount --rbind "$directory" "/run/lab/tmp/${directory#/tmp/}"
+    fi
+done
+mount --move /run/lab/tmp /tmp
 cd "$checkout"
 
-# Every controller for children of the root, as systemd would have it.
+# Every controller for the root's children, as an init system would have it.
 for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
     echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control || fail "no cgroup controller $controller"
 done

@@ -1,8 +1,11 @@
 //! The driver's side of a ring, for tests and fuzz targets of devices (feature `mock`).
 //!
 //! [`MockDriver`] lays a ring out in guest memory and adds chains to it as a driver would, or as
-//! none should: every field can also be written raw. [`MockRam`] makes memory to put it in.
+//! none should: every field can also be written raw. It publishes indices and asks to be told as
+//! Linux's driver does, fences included, so it may run on another thread than the device.
+//! [`mock_ram`] makes memory to put it in.
 
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -68,6 +71,7 @@ pub struct MockDriver {
     state: RingState,
     next_descriptor: u16,
     available_index: u16,
+    /// `available_index` when it was last asked whether to kick.
     kicked_index: u16,
     last_used: u16,
 }
@@ -100,6 +104,19 @@ impl MockDriver {
         };
         driver.write(base, &zeros);
         driver
+    }
+
+    /// Begin at another index than 0, as if so many chains had come and gone: before the device's
+    /// side is made.
+    pub fn start_at(&mut self, index: u16) {
+        self.kicked_index = index;
+        self.last_used = index;
+        self.state.next_available = index;
+        self.state.next_used = index;
+        self.set_available_index(index);
+        self.put_u16(self.state.used + 2, index);
+        self.set_used_event(index);
+        self.put_u16(self.available_event_address(), index);
     }
 
     /// What the device is told of the ring.
@@ -208,43 +225,59 @@ impl MockDriver {
     /// Write the available index, whatever it is.
     pub fn set_available_index(&mut self, index: u16) {
         self.available_index = index;
-        self.write(self.state.available + 2, &index.to_le_bytes());
+        self.put_u16(self.state.available + 2, index);
+    }
+
+    /// Whether the device has to be kicked for the chains that were made available since the last
+    /// time this was asked (Linux: `virtqueue_kick_prepare`).
+    pub fn needs_kick(&mut self, has_event_idx: bool) -> bool {
+        let new = self.available_index;
+        let old = mem::replace(&mut self.kicked_index, new);
+        // The index has to be visible before the device's wish is read.
+        fence(Ordering::SeqCst);
+        if has_event_idx {
+            index::has_passed(self.available_event(), new, old)
+        } else {
+            new != old && !self.is_kick_unwanted()
+        }
+    }
+
+    /// Ask to be interrupted when the next chain is given back. True: some were meanwhile, look
+    /// again (Linux: `virtqueue_enable_cb`).
+    pub fn enable_interrupts(&mut self, has_event_idx: bool) -> bool {
+        if has_event_idx {
+            self.set_used_event(self.last_used);
+        } else {
+            self.set_no_interrupt(false);
+        }
+        // The wish has to be visible before the device's index is read.
+        fence(Ordering::SeqCst);
+        self.u16_at(self.state.used + 2) != self.last_used
     }
 
     /// Ask for no interrupts, without event indices.
     pub fn set_no_interrupt(&self, is_set: bool) {
-        self.write(self.state.available, &u16::from(is_set).to_le_bytes());
+        self.put_u16(self.state.available, u16::from(is_set));
     }
 
     /// Ask for an interrupt when the used index passes `event`.
     pub fn set_used_event(&self, event: u16) {
         let at = self.state.available + 4 + u64::from(self.state.size) * 2;
-        self.write(at, &event.to_le_bytes());
+        self.put_u16(at, event);
     }
 
     /// The device's wish: a kick when the available index passes this.
     pub fn available_event(&self) -> u16 {
-        self.u16_at(self.state.used + 4 + u64::from(self.state.size) * 8)
+        self.u16_at(self.available_event_address())
+    }
+
+    fn available_event_address(&self) -> u64 {
+        self.state.used + 4 + u64::from(self.state.size) * 8
     }
 
     /// The device's wish, without event indices: no kicks.
     pub fn is_kick_unwanted(&self) -> bool {
         self.u16_at(self.state.used) & 1 != 0
-    }
-
-    /// Whether the device wants to hear of what was added since this was asked last.
-    pub fn needs_kick(&mut self, has_event_idx: bool) -> bool {
-        let (new, old) = (self.available_index, self.kicked_index);
-        self.kicked_index = new;
-        // The index has to be visible before the device's wish is read, as in the device.
-        fence(Ordering::SeqCst);
-        if new == old {
-            false
-        } else if has_event_idx {
-            index::has_passed(self.available_event(), new, old)
-        } else {
-            !self.is_kick_unwanted()
-        }
     }
 
     /// What the device has given back since the last time.
@@ -268,12 +301,21 @@ impl MockDriver {
     }
 
     fn u16_at(&self, address: u64) -> u16 {
-        let bytes = self.read(address, 2);
-        u16::from_le_bytes(bytes.try_into().unwrap_or_default())
+        let mappings = self.ram.mappings();
+        let word = mappings.load(GuestAddress(address), Ordering::Acquire);
+        u16::from_le(word.expect("inside of the test's memory"))
+    }
+
+    fn put_u16(&self, address: u64, value: u16) {
+        let mappings = self.ram.mappings();
+        mappings
+            .store(value.to_le(), GuestAddress(address), Ordering::Release)
+            .expect("inside of the test's memory");
     }
 }
 
-fn descriptor_bytes(address: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
+/// A descriptor as it lies in memory.
+pub fn descriptor_bytes(address: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
     let word = u128::from(address)
         | u128::from(len) << 64
         | u128::from(flags) << 96

@@ -49,6 +49,8 @@ const MAX_INDIRECT_LEN: u32 = 1 << 16;
 /// Descriptors of an indirect table that are followed in a smaller ring. No chain may be longer
 /// than the ring (2.7.5.3.1), but drivers that count on QEMU's limit, which this is, are.
 const MIN_CHAIN_LIMIT: u32 = 1024;
+/// Malformed chains in a row that a driver is forgiven.
+const MALFORMED_LIMIT: u16 = 256;
 
 /// Why a ring cannot be used, or not any more.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -93,10 +95,8 @@ pub enum RingError {
         size: u16,
     },
     /// chain after chain that breaks a rule; the driver could keep its device busy with nothing
-    #[error("more than {limit} malformed chains in a row")]
+    #[error("more than {MALFORMED_LIMIT} malformed chains in a row")]
     Malformed {
-        /// Entries of the ring.
-        limit: u16,
         /// What the last one broke.
         #[source]
         source: ChainError,
@@ -280,9 +280,8 @@ impl Ring {
         self.malformed_chains = self.malformed_chains.saturating_add(1);
         self.last_malformed = Some(source);
         self.complete(head, 0);
-        let limit = self.state.size;
-        if self.malformed_run == limit {
-            return Err(RingError::Malformed { limit, source });
+        if self.malformed_run == MALFORMED_LIMIT {
+            return Err(RingError::Malformed { source });
         }
         self.malformed_run += 1;
         Ok(())

@@ -19,6 +19,7 @@
 #![deny(unsafe_code)]
 
 pub mod arch;
+#[cfg(target_arch = "x86_64")]
 pub mod boot;
 mod builder;
 pub mod bus;

@@ -12,8 +12,8 @@
 //! | [`VcpuState`], [`save_vcpu`], [`restore_vcpu`] | a stopped vCPU's registers |
 //! | [`describe_failure`] | one line on why a vCPU can't go on |
 //! | [`kernel`] | `load` reads a kernel image into memory, `write_parameters` what it is told; [`Entry`], [`BootProtocol`] |
-//! | [`syscalls`] | `OLDER_CALLS`, which `seccomp.rs` lets through too |
-//! | [`probe_guest`] | the guest that `probe.rs` runs |
+//! | `syscalls` | `OLDER_CALLS`, which `seccomp.rs` lets through too |
+//! | `probe_guest` | the guest that `probe.rs` runs |
 //!
 //! [`boot_file`] is not per-architecture: every loader of kernels reads its files through it.
 

@@ -20,6 +20,9 @@ const HYPER_THREADING: u32 = 1 << 28;
 const CLFLUSH_LINE: u32 = 8;
 /// Leaf 6, EAX: the local APIC's timer runs in every sleep state.
 const ALWAYS_RUNNING_APIC_TIMER: u32 = 1 << 2;
+/// Leaf 0, EBX: the first four letters of vendors that number cores in leaf 0x80000008.
+const VENDOR_AMD: u32 = u32::from_le_bytes(*b"Auth");
+const VENDOR_HYGON: u32 = u32::from_le_bytes(*b"Hygo");
 /// Leaf 0x80000001, ECX.
 const LEGACY_MULTICORE: u32 = 1 << 1;
 const SVM: u32 = 1 << 2;
@@ -71,6 +74,9 @@ pub(super) fn cpuid_for(supported: &CpuId, request: CpuidRequest) -> Result<CpuI
         leaf.map_or(0, |entry| entry.eax)
     };
     let (max_basic, max_extended) = (max_of(0), max_of(0x8000_0000));
+    let is_amd = supported
+        .iter()
+        .any(|entry| entry.function == 0 && matches!(entry.ebx, VENDOR_AMD | VENDOR_HYGON));
     let has_topology_extensions = supported
         .iter()
         .any(|entry| entry.function == 0x8000_0001 && entry.ecx & TOPOLOGY_EXTENSIONS != 0);
@@ -81,7 +87,7 @@ pub(super) fn cpuid_for(supported: &CpuId, request: CpuidRequest) -> Result<CpuI
         .copied()
         .collect();
     for entry in &mut entries {
-        adapt(entry, request);
+        adapt(entry, request, is_amd);
     }
     for function in [0xb, 0x1f] {
         if function <= max_basic {
@@ -109,7 +115,7 @@ fn is_rewritten(function: u32) -> bool {
     matches!(function, 0xb | 0x1f | 0x8000_001e | 0x8000_0026)
 }
 
-fn adapt(entry: &mut kvm_cpuid_entry2, request: CpuidRequest) {
+fn adapt(entry: &mut kvm_cpuid_entry2, request: CpuidRequest, is_amd: bool) {
     match entry.function {
         0x1 => {
             entry.ebx = entry.ebx & 0xff
@@ -136,9 +142,10 @@ fn adapt(entry: &mut kvm_cpuid_entry2, request: CpuidRequest) {
         }
         0x8000_0001 => {
             entry.ecx &= !(SVM | CORE_COUNTERS | NORTHBRIDGE_COUNTERS);
-            set(&mut entry.ecx, LEGACY_MULTICORE, request.count() > 1);
+            let is_multicore = is_amd && request.count() > 1;
+            set(&mut entry.ecx, LEGACY_MULTICORE, is_multicore);
         }
-        0x8000_0008 => {
+        0x8000_0008 if is_amd => {
             entry.ecx = entry.ecx & !0xf0ff | (request.count() - 1) | request.id_bits() << 12;
         }
         0x8000_001d if entry.eax & 0x1f != 0 => {

@@ -132,6 +132,8 @@ fn intel_caches_are_per_core_up_to_the_third_level() {
         assert_eq!(of(3) & 0x3fff, 0xc163 & 0x3fff);
         assert_eq!(find(&cpuid, 0x1f, 1), find(&cpuid, 0xb, 1));
         assert!(!has(&cpuid, 0x8000_001e));
+        assert_eq!(find(&cpuid, 0x8000_0008, 0), [0x3934, 0, 0, 0]);
+        assert_eq!(find(&cpuid, 0x8000_0001, 0)[2], 0x121);
     }
 }
 

@@ -153,3 +153,37 @@ fn refused(entries: &[kvm_msr_entry], position: usize) -> VcpuError {
         value: entry.data,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entries(values: &[(u32, u64)]) -> Vec<kvm_msr_entry> {
+        let entry = |&(index, data)| kvm_msr_entry {
+            index,
+            data,
+            ..kvm_msr_entry::default()
+        };
+        values.iter().map(entry).collect()
+    }
+
+    #[test]
+    fn the_deadline_is_set_after_the_counter() {
+        let mut saved = entries(&[(TSC_DEADLINE, 900), (STAR, 1), (TSC, 500)]);
+        order_deadline(&mut saved);
+        assert_eq!(
+            saved,
+            entries(&[(STAR, 1), (TSC, 500), (TSC_DEADLINE, 900)])
+        );
+    }
+
+    #[test]
+    fn a_deadline_that_passed_is_now() {
+        let mut saved = entries(&[(TSC_DEADLINE, 0), (TSC, 500)]);
+        order_deadline(&mut saved);
+        assert_eq!(saved, entries(&[(TSC, 500), (TSC_DEADLINE, 500)]));
+        let mut saved = entries(&[(TSC, 500)]);
+        order_deadline(&mut saved);
+        assert_eq!(saved, entries(&[(TSC, 500)]));
+    }
+}

@@ -112,3 +112,34 @@ fn clock_to_set(saved: &kvm_clock_data, policy: ClockPolicy) -> kvm_clock_data {
         ..kvm_clock_data::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_TSC_STABLE};
+
+    use super::*;
+
+    #[test]
+    fn the_clock_advances_only_if_asked_and_known() {
+        let saved = kvm_clock_data {
+            clock: 7,
+            flags: KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC,
+            realtime: 9,
+            host_tsc: 11,
+            ..kvm_clock_data::default()
+        };
+        let set = clock_to_set(&saved, ClockPolicy::Continue);
+        assert_eq!((set.clock, set.flags, set.realtime), (7, 0, 0));
+        let set = clock_to_set(&saved, ClockPolicy::Advance);
+        assert_eq!(
+            (set.clock, set.flags, set.realtime),
+            (7, KVM_CLOCK_REALTIME, 9)
+        );
+        let old = kvm_clock_data {
+            flags: KVM_CLOCK_TSC_STABLE,
+            ..saved
+        };
+        let set = clock_to_set(&old, ClockPolicy::Advance);
+        assert_eq!((set.clock, set.flags, set.realtime), (7, 0, 0));
+    }
+}

@@ -82,7 +82,7 @@ pub(super) struct Attributes {
     pub(super) inode: u64,
     pub(super) size: u64,
     pub(super) access_s: u64,
-    pub(super) change_s: u64,
+    pub(super) modified_s: u64,
     pub(super) mode: u32,
     pub(super) links: u32,
     pub(super) uid: u32,
@@ -98,7 +98,7 @@ impl Attributes {
             inode: answer.u64(at),
             size: answer.u64(at + 8),
             access_s: answer.u64(at + 24),
-            change_s: answer.u64(at + 32),
+            modified_s: answer.u64(at + 32),
             mode: answer.u32(at + 60),
             links: answer.u32(at + 64),
             uid: answer.u32(at + 68),
@@ -130,6 +130,23 @@ impl MockGuest {
         let mut guest = Self::boot(Fs::new(config).unwrap());
         guest.init(u64::MAX).unwrap();
         guest
+    }
+
+    /// Save the device and restore it as another process would, on the same folder.
+    pub(super) fn restore_elsewhere(self, config: FsConfig) -> Self {
+        let state = self.fs.save().unwrap();
+        let (unique, uid, gid) = (self.unique, self.uid, self.gid);
+        // What was open is closed, as when a process ends.
+        drop(self);
+        let mut fs = Fs::new(config).unwrap();
+        fs.restore(&state).unwrap();
+        let guest = Self::boot(fs);
+        Self {
+            unique,
+            uid,
+            gid,
+            ..guest
+        }
     }
 
     /// Activate a device; nothing is mounted.
@@ -375,7 +392,11 @@ pub(super) struct Folder {
 
 impl Folder {
     pub(super) fn new() -> Self {
-        let around = tempfile::tempdir().unwrap();
+        Self::new_in(std::env::temp_dir())
+    }
+
+    pub(super) fn new_in(parent: impl AsRef<Path>) -> Self {
+        let around = tempfile::tempdir_in(parent).unwrap();
         std::fs::create_dir(around.path().join("shared")).unwrap();
         std::fs::write(around.path().join("canary"), "secret").unwrap();
         Self { around }
@@ -383,6 +404,11 @@ impl Folder {
 
     pub(super) fn path(&self) -> PathBuf {
         self.around.path().join("shared")
+    }
+
+    /// The same place for another process.
+    pub(super) fn config(&self) -> FsConfig {
+        FsConfig::new("shared", self.path())
     }
 
     /// A path below.
@@ -401,14 +427,14 @@ impl Folder {
     pub(super) fn mount_cached(&self, cache: CacheMode) -> MockGuest {
         MockGuest::mount_with(FsConfig {
             cache,
-            ..FsConfig::new("shared", self.path())
+            ..self.config()
         })
     }
 
     pub(super) fn mount_read_only(&self) -> MockGuest {
         MockGuest::mount_with(FsConfig {
             is_read_only: true,
-            ..FsConfig::new("shared", self.path())
+            ..self.config()
         })
     }
 }

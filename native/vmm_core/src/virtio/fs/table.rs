@@ -41,6 +41,12 @@ impl<T> Table<T> {
         self.slots.len() - self.free.len()
     }
 
+    /// Bound it anew.
+    #[cfg(test)]
+    pub(super) fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+    }
+
     /// Whether one more fits.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! Extended attributes, by the two-step protocol: asked with size 0, the answer is the size.
 
-use rustix::fs::{XattrFlags, getxattr, listxattr, removexattr, setxattr};
+use rustix::fs::{XattrFlags, getxattr, getxattr_query, listxattr, listxattr_query};
+use rustix::fs::{removexattr, setxattr};
 use rustix::io::Errno;
 
 use super::descriptor_path::DescriptorPath;
@@ -34,7 +35,12 @@ impl Share {
         body.skip::<4>()?;
         let name = xattr_name(&mut body)?;
         let path = self.path(node)?;
-        answer(size, reply, |value| getxattr(path.as_c_str(), name, value))
+        if size == 0 {
+            return answer_size(reply, getxattr_query(path.as_c_str(), name)?);
+        }
+        reply.fill(bounded(size), |value| {
+            getxattr(path.as_c_str(), name, value)
+        })
     }
 
     /// `FUSE_LISTXATTR`.
@@ -46,7 +52,10 @@ impl Share {
     ) -> Result<(), Errno> {
         let size = body.u32()?;
         let path = self.path(node)?;
-        answer(size, reply, |names| listxattr(path.as_c_str(), names))
+        if size == 0 {
+            return answer_size(reply, listxattr_query(path.as_c_str())?);
+        }
+        reply.fill(bounded(size), |names| listxattr(path.as_c_str(), names))
     }
 
     /// `FUSE_REMOVEXATTR`.
@@ -69,19 +78,16 @@ fn xattr_name<'a>(body: &mut Fields<'a>) -> Result<&'a std::ffi::CStr, Errno> {
     Ok(name)
 }
 
-/// The bytes, or how many there are if the guest left room for none.
-fn answer(
-    size: u32,
-    reply: &mut Reply,
-    get: impl FnOnce(&mut [u8]) -> Result<usize, Errno>,
-) -> Result<(), Errno> {
-    if size == 0 {
-        let size = get(&mut [])?;
-        reply.u32(u32::try_from(size).map_err(|_| Errno::OVERFLOW)?);
-        reply.u32(0);
-        return Ok(());
-    }
-    reply.fill((size as usize).min(MAX_XATTR), get)
+/// No more than any attribute or list has.
+fn bounded(size: u32) -> usize {
+    (size as usize).min(MAX_XATTR)
+}
+
+/// `struct fuse_getxattr_out`.
+fn answer_size(reply: &mut Reply, size: usize) -> Result<(), Errno> {
+    reply.u32(u32::try_from(size).map_err(|_| Errno::OVERFLOW)?);
+    reply.u32(0);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ const XLF_KERNEL_64: u16 = 1;
 /// `loadflags`: the protected-mode part belongs above 1 MiB.
 const LOADED_HIGH: u8 = 1;
 const SECTOR_SIZE: u64 = 512;
+const SYSSIZE_UNIT: u64 = 16;
 /// A header from before the count existed means this many.
 const DEFAULT_SETUP_SECTORS: u64 = 4;
 const ENTRY_64_OFFSET: u64 = 0x200;
@@ -58,10 +59,12 @@ pub(super) fn load(memory: &GuestMemoryMmap, file: &BootFile) -> Result<LoadedKe
     };
     let offset = (setup_sectors + 1) * SECTOR_SIZE;
     let size = file.size_bytes();
-    // `syssize` counts the protected-mode part in units of 16 bytes.
-    let needed = offset + (u64::from(header.syssize) * 16).max(ENTRY_64_OFFSET + 1);
-    // The last unit need not be whole.
-    if needed - 15 > size {
+    // `syssize` counts the protected-mode part in units of 16 bytes; the last need not be whole.
+    let smallest = (u64::from(header.syssize) * SYSSIZE_UNIT)
+        .saturating_sub(SYSSIZE_UNIT - 1)
+        .max(ENTRY_64_OFFSET + 1);
+    let needed = offset + smallest;
+    if needed > size {
         return Err(KernelError::Truncated { needed, size });
     }
     let length = size - offset;
