@@ -177,7 +177,7 @@ class Vm:
                 wait, and what found no room is one event of code RESOURCE_EXHAUSTED, its value
                 their number.
             console_fd: a pipe or socket that gets what the guest prints, taken over and made
-                non-blocking: a slow reader misses some. Closed when this object is gone.
+                non-blocking: a slow reader misses some. Closed when the machine is over.
 
         Raises:
             OSError: ``console_fd`` is not open.
