@@ -11,6 +11,7 @@ from pathlib import Path
 from kata_hybrid import __version__
 from kata_hybrid.cli.output import Output
 from kata_hybrid.config.load import CONFIG_FILE_VARIABLE, load_config
+from kata_hybrid.config.model import HypervisorName
 from kata_hybrid.errors import InvalidArgumentError
 from kata_hybrid.guest.manifest import MANIFEST_NAME, read_manifest
 
@@ -29,14 +30,15 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Run the command."""
     del arguments
     config = load_config(environment=os.environ)
+    chosen = config.runtime.hypervisor_name or HypervisorName.BUILTIN
     document = {
         "version": __version__,
         "python": platform.python_version(),
         "host_kernel": platform.release(),
         "run_dir": os.environ.get(RUN_DIR_VARIABLE, DEFAULT_RUN_DIR),
         "configuration": [str(path) for path in config.files],
-        "guest": _guest(config.qemu.kernel.parent),
-        "hypervisor": {"qemu": _plain(config.qemu)},
+        "guest": _guest(config.hypervisor(chosen).kernel.parent),
+        "hypervisor": {name.value: _plain(config.hypervisor(name)) for name in HypervisorName},
         "agent": {"kata": _plain(config.agent)},
         "runtime": _plain(config.runtime),
     }
