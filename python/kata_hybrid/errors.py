@@ -98,7 +98,7 @@ class PermissionDeniedError(KataError):
 
 
 class KvmAccessError(PermissionDeniedError):
-    """``/dev/kvm`` exists but may not be opened."""
+    """KVM cannot be used: ``/dev/kvm`` is absent, forbidden, or runs no kernel."""
 
 
 class ResourceExhaustedError(KataError):

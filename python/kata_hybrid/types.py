@@ -176,7 +176,8 @@ class VmExit:
     """Why a virtual machine is no longer there."""
 
     reason: str
-    """``guest-panic``, ``guest-reset``, ``guest-shutdown``, ``killed`` or ``failed``."""
+    """``guest-panic``, ``guest-reset``, ``guest-shutdown``, ``guest-triple-fault``, ``killed`` or
+    ``failed``."""
     detail: str = ""
 
 
@@ -191,8 +192,38 @@ class BlockDevice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GuestDisk:
+    """How the agent finds a disk of the guest's: what it is and where."""
+
+    driver: str
+    """The agent's storage driver: ``blk`` for a PCI path, ``mmioblk`` for a node below /dev."""
+    source: str
+
+
+class FolderCache(Enum):
+    """What the guest may cache of a shared folder."""
+
+    NEVER = "never"
+    AUTO = "auto"
+    ALWAYS = "always"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VhostUserFs:
     """A shared folder the guest mounts by ``tag``, served by a daemon on ``socket_path``."""
 
     tag: str
     socket_path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostFolder:
+    """A shared folder the guest mounts by ``tag``, served by the machine monitor itself."""
+
+    tag: str
+    path: Path
+    cache: FolderCache = FolderCache.AUTO
+
+
+FolderDevice = VhostUserFs | HostFolder
+"""A virtio-fs device; which kind a machine takes is its monitor's business."""

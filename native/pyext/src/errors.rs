@@ -2,8 +2,11 @@
 //! build until it is mapped. What the operating system refused becomes the matching `OSError`
 //! subclass with errno; a wrong argument becomes `ValueError`; causes are kept in the text.
 
+mod machine;
+
 use std::error::Error;
 use std::io;
+use std::path::Path;
 
 use pyo3::PyErr;
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
@@ -13,6 +16,8 @@ use vsock_io::address::AddressError;
 use vsock_io::reactor::ReactorError;
 use vsock_io::vhost_user::VhostUserError;
 use vsock_io::vhost_user::device::DeviceError;
+
+pub(crate) use machine::{MachineError, VmmError};
 
 /// What a call of the extension can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +58,9 @@ pub(crate) enum NativeError {
     /// The vsock device for another process's machine.
     #[error(transparent)]
     VhostUser(#[from] VhostUserError),
+    /// The machine, or a device of it.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
 }
 
 impl From<NativeError> for PyErr {
@@ -72,6 +80,7 @@ impl From<NativeError> for PyErr {
                 reactor_error(&error, &text)
             }
             NativeError::VhostUser(VhostUserError::Device(error)) => device_error(error, &text),
+            NativeError::Machine(error) => machine::exception(&error, &text),
             NativeError::Word {
                 argument: _,
                 allowed: _,
@@ -96,7 +105,7 @@ fn reactor_error(error: &ReactorError, text: &str) -> PyErr {
 fn device_error(error: DeviceError, text: &str) -> PyErr {
     match error {
         DeviceError::Hybrid(HybridError::Listen(ListenError { path, source })) => {
-            os_error(&source, text, Some(path.to_string_lossy().into_owned()))
+            path_error(&source, text, &path)
         }
         DeviceError::Hybrid(HybridError::Watch(source))
         | DeviceError::System {
@@ -107,6 +116,11 @@ fn device_error(error: DeviceError, text: &str) -> PyErr {
             PyRuntimeError::new_err(text.to_owned())
         }
     }
+}
+
+/// `OSError` with `filename`.
+fn path_error(source: &io::Error, text: &str, path: &Path) -> PyErr {
+    os_error(source, text, Some(path.to_string_lossy().into_owned()))
 }
 
 /// `OSError(errno, text[, filename])`, which Python turns into the subclass for errno.

@@ -10,7 +10,7 @@ use vsock_io::event::{Completion, EventQueue, EventSink, Value};
 
 use crate::errors::NativeError;
 
-/// One completion. Frozen.
+/// One completion, or a line for a log. Frozen.
 #[pyclass(frozen, module = "kata_hybrid._native.events")]
 pub(crate) struct Event {
     /// The number Python gave the operation.
@@ -99,6 +99,11 @@ impl EventPort {
 impl EventPort {
     /// The sink that native threads report to.
     pub(crate) fn sink(&self) -> Arc<dyn EventSink> {
-        Arc::clone(&self.queue) as Arc<dyn EventSink>
+        self.queue()
+    }
+
+    /// The queue itself, for those who have lines for a log, too.
+    pub(crate) fn queue(&self) -> Arc<EventQueue> {
+        Arc::clone(&self.queue)
     }
 }

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::thread::UnshareFlags;
 
+use crate::detach::detached;
 use crate::errors::NativeError;
 use crate::mount::MountOptions;
 
@@ -43,8 +44,8 @@ pub(crate) fn set_thread_name(name: &str) -> Result<(), NativeError> {
 
 /// ``unshare(CLONE_NEWNS)``, then make / recursively slave and shared.
 #[pyfunction]
-pub(crate) fn enter_private_mount_namespace(py: Python<'_>) -> Result<(), NativeError> {
-    py.detach(|| {
+pub(crate) fn enter_private_mount_namespace(py: Python<'_>) -> PyResult<()> {
+    detached(py, || {
         #[expect(unsafe_code, reason = "unshare is unsafe for the sake of CLONE_FILES")]
         // SAFETY: a mount namespace shares no memory and no descriptors with Rust code.
         unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }
@@ -56,7 +57,7 @@ pub(crate) fn enter_private_mount_namespace(py: Python<'_>) -> Result<(), Native
             rustix::mount::mount_change("/", propagation | MountPropagationFlags::REC)
                 .map_err(refused("change the propagation of mounts", Some("/")))?;
         }
-        Ok(())
+        Ok::<_, NativeError>(())
     })
 }
 
@@ -72,8 +73,8 @@ pub(crate) fn mount(
     target: &str,
     fstype: &str,
     options: Vec<String>,
-) -> Result<(), NativeError> {
-    py.detach(|| {
+) -> PyResult<()> {
+    detached(py, || {
         let options = MountOptions::parse(options.iter().map(String::as_str));
         options
             .mount(source, target, fstype)
@@ -83,9 +84,9 @@ pub(crate) fn mount(
 
 /// ``umount2(MNT_DETACH | UMOUNT_NOFOLLOW)``. A target that is no mount point is no error.
 #[pyfunction]
-pub(crate) fn unmount(py: Python<'_>, target: &str) -> Result<(), NativeError> {
+pub(crate) fn unmount(py: Python<'_>, target: &str) -> PyResult<()> {
     let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
-    py.detach(|| match rustix::mount::unmount(target, flags) {
+    detached(py, || match rustix::mount::unmount(target, flags) {
         Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
         Err(errno) => Err(refused("unmount", Some(target))(errno)),
     })

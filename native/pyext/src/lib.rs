@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 mod convert;
+mod detach;
 mod errors;
 mod events;
 mod host;
@@ -40,11 +41,15 @@ mod _native {
         };
     }
 
-    /// The machine. For now the probe that says whether KVM can run a real kernel here.
+    /// Machines in this process, and what this host can run.
     #[pymodule]
     mod vmm {
         #[pymodule_export]
-        use crate::vmm::{KvmProbe, probe_kvm};
+        use crate::errors::VmmError;
+        #[pymodule_export]
+        use crate::vmm::{
+            Balloon, DeviceMetrics, KvmProbe, Limit, Vm, VmConfig, VmExit, probe_kvm,
+        };
     }
 
     /// Talking to the guest: dial, the agent's ttRPC client, stdio copies, a

@@ -1,32 +1,23 @@
-//! The machine. For now the probe that says whether KVM can run a real kernel here.
+//! `kata_hybrid._native.vmm`: machines in this process, and what this host can run.
+//!
+//! One file for each thing the module has. Every call that makes, changes or waits for a machine
+//! runs detached from the interpreter; what a machine reports by itself goes to the event port
+//! (`reports`), from threads that never attach.
 
-use pyo3::prelude::*;
+mod balloon;
+mod config;
+mod devices;
+mod exit;
+mod limit;
+mod machine;
+mod metrics;
+mod probe;
+mod reports;
 
-/// What the probe found. Frozen.
-#[pyclass(frozen, module = "kata_hybrid._native.vmm")]
-pub(crate) struct KvmProbe {
-    /// A guest that meets the instructions a Linux kernel needs ran to its end.
-    #[pyo3(get)]
-    is_usable: bool,
-    /// Why not, in one line, or what was seen to work.
-    #[pyo3(get)]
-    reason: String,
-    /// ``KVM_GET_API_VERSION``, if ``/dev/kvm`` could be opened.
-    #[pyo3(get)]
-    api_version: Option<i32>,
-}
-
-/// Open ``/dev/kvm`` and run a tiny long-mode guest. Takes milliseconds; never raises.
-#[pyfunction]
-pub(crate) fn probe_kvm(py: Python<'_>) -> KvmProbe {
-    let vmm_core::probe::KvmProbe {
-        is_usable,
-        reason,
-        api_version,
-    } = py.detach(vmm_core::probe::probe_kvm);
-    KvmProbe {
-        is_usable,
-        reason,
-        api_version,
-    }
-}
+pub(crate) use balloon::Balloon;
+pub(crate) use config::VmConfig;
+pub(crate) use exit::VmExit;
+pub(crate) use limit::Limit;
+pub(crate) use machine::Vm;
+pub(crate) use metrics::DeviceMetrics;
+pub(crate) use probe::{KvmProbe, probe_kvm};

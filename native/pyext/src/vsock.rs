@@ -14,6 +14,7 @@ use vsock_io::status::Code;
 use vsock_io::stdio::pump::{OutputStream, ProcessName};
 
 use crate::convert::take_fd;
+use crate::detach::detached;
 use crate::errors::NativeError;
 use crate::events::EventPort;
 
@@ -52,9 +53,8 @@ impl IoThread {
     }
 
     /// Stop the thread: pending operations complete with CANCELLED, descriptors are closed.
-    fn close(&self, py: Python<'_>) -> Result<(), NativeError> {
-        py.detach(|| self.reactor.close())?;
-        Ok(())
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.reactor.close())
     }
 }
 
@@ -177,9 +177,9 @@ impl VhostUserVsock {
         hybrid_path: PathBuf,
         guest_cid: u32,
         closed_token: u64,
-    ) -> Result<Self, NativeError> {
+    ) -> PyResult<Self> {
         let handle = io.reactor.handle();
-        let device = py.detach(|| {
+        let device = detached(py, || {
             vsock_io::vhost_user::VhostUserVsock::new(
                 &handle,
                 &socket_path,

@@ -32,7 +32,7 @@ pub mod memory;
 pub mod probe;
 pub mod rate_limiter;
 mod seccomp;
-mod snapshot;
+pub mod snapshot;
 mod thread;
 mod vcpu;
 pub mod virtio;

@@ -3,8 +3,11 @@
 //! [`EventQueue`] is the sink used in practice: a queue with a bound on the bytes it holds and
 //! an eventfd that is readable while it is not empty. The I/O thread pushes, the owner's event
 //! loop polls the eventfd and drains. Neither side ever waits for the other.
+//!
+//! Lines for a log travel the same way under a token of their own, which they may use any number
+//! of times. They are the one thing that is dropped when too many wait, and counted then.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -93,11 +96,24 @@ pub struct EventQueue {
 struct QueueState {
     completions: VecDeque<Completion>,
     queued_bytes: usize,
+    queued_lines: usize,
+    /// Lines that found no room since the last drain, by token.
+    dropped_lines: BTreeMap<u64, u64>,
+}
+
+impl QueueState {
+    fn is_empty(&self) -> bool {
+        self.completions.is_empty() && self.dropped_lines.is_empty()
+    }
 }
 
 impl EventQueue {
     /// Payload bytes a queue holds unless told otherwise: 16 replies of the largest size.
     pub const DEFAULT_BYTE_BUDGET: usize = 64 << 20;
+    /// Lines of logs that wait at most.
+    pub const MAX_LINES: usize = 256;
+    /// Bytes of a line that are kept.
+    pub const MAX_LINE_BYTES: usize = 1024;
 
     /// Create a queue that holds at most `byte_budget` payload bytes.
     ///
@@ -112,21 +128,67 @@ impl EventQueue {
         })
     }
 
-    /// Take every queued completion, in order, and reset the eventfd.
+    /// Queue a line for the log that `token` stands for. Past [`Self::MAX_LINES`] waiting ones it
+    /// is dropped; what was, is said by a `RESOURCE_EXHAUSTED` with the count, after the lines
+    /// that were kept.
+    pub fn log(&self, token: u64, line: &str) {
+        let mut state = self.lock();
+        let was_empty = state.is_empty();
+        if state.queued_lines < Self::MAX_LINES {
+            state.queued_lines += 1;
+            state.completions.push_back(Completion {
+                token,
+                code: Code::OK,
+                value: Value::None,
+                message: cut(line, Self::MAX_LINE_BYTES).to_owned(),
+            });
+        } else {
+            *state.dropped_lines.entry(token).or_default() += 1;
+        }
+        drop(state);
+        self.announce(was_empty);
+    }
+
+    fn announce(&self, was_empty: bool) {
+        if was_empty {
+            // EAGAIN would mean a counter at its maximum: readable, which is the point.
+            while rustix::io::write(&self.ready, &1_u64.to_ne_bytes()) == Err(Errno::INTR) {}
+        }
+    }
+
+    /// Take every queued completion and line, in order, and reset the eventfd.
     pub fn drain(&self) -> VecDeque<Completion> {
         let mut state = self.lock();
         let mut counter = [0; 8];
         // Always, and under the lock: a push is announced after its lock is released, so the
         // eventfd can be readable with the queue already empty. EAGAIN means nothing to reset.
         let _was_reset = rustix::io::read(&self.ready, &mut counter);
-        state.queued_bytes = 0;
-        std::mem::take(&mut state.completions)
+        let mut taken = std::mem::take(&mut *state);
+        drop(state);
+        for (token, count) in taken.dropped_lines {
+            taken.completions.push_back(Completion {
+                token,
+                code: Code::RESOURCE_EXHAUSTED,
+                value: Value::Count(count),
+                message: "lines were dropped: too many waited".to_owned(),
+            });
+        }
+        taken.completions
     }
 
     fn lock(&self) -> MutexGuard<'_, QueueState> {
         // The state is consistent between any two statements, so poisoning means nothing here.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The beginning of `text`: whole characters, at most `limit` bytes.
+fn cut(text: &str, limit: usize) -> &str {
+    let mut end = limit.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.get(..end).unwrap_or_default()
 }
 
 impl EventSink for EventQueue {
@@ -144,13 +206,10 @@ impl EventSink for EventQueue {
                 state.queued_bytes = total;
             }
         }
-        let was_empty = state.completions.is_empty();
+        let was_empty = state.is_empty();
         state.completions.push_back(completion);
         drop(state);
-        if was_empty {
-            // EAGAIN would mean a counter at its maximum: readable, which is the point.
-            while rustix::io::write(&self.ready, &1_u64.to_ne_bytes()) == Err(Errno::INTR) {}
-        }
+        self.announce(was_empty);
     }
 }
 
@@ -202,5 +261,35 @@ mod tests {
         assert_eq!(drained[1].code, Code::RESOURCE_EXHAUSTED);
         queue.complete(Completion::ok(3, Value::Bytes(vec![0; 8])));
         assert_eq!(queue.drain()[0].code, Code::OK);
+    }
+
+    #[test]
+    fn lines_past_the_limit_are_counted_and_completions_still_pass() {
+        let queue = EventQueue::new(10).unwrap();
+        for _ in 0..EventQueue::MAX_LINES + 3 {
+            queue.log(7, "odd");
+        }
+        queue.complete(Completion::ok(1, Value::None));
+        let drained = queue.drain();
+        assert_eq!(drained.len(), EventQueue::MAX_LINES + 2);
+        assert_eq!(drained[0].message, "odd");
+        assert_eq!(drained[EventQueue::MAX_LINES].token, 1);
+        let last = drained.back().unwrap();
+        assert_eq!((last.token, last.code), (7, Code::RESOURCE_EXHAUSTED));
+        assert!(matches!(last.value, Value::Count(3)));
+        queue.log(7, "again");
+        assert!(is_readable(&queue));
+        assert_eq!(queue.drain().len(), 1);
+    }
+
+    #[test]
+    fn a_long_line_is_cut_between_characters() {
+        let queue = EventQueue::new(10).unwrap();
+        queue.log(
+            7,
+            &format!("-{}", "\u{e9}".repeat(EventQueue::MAX_LINE_BYTES)),
+        );
+        let line = &queue.drain()[0].message;
+        assert_eq!(line.len(), EventQueue::MAX_LINE_BYTES - 1);
     }
 }

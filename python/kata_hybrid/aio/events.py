@@ -3,6 +3,9 @@
 Native threads queue events and make the port's descriptor readable; :class:`NativeEvents` drains
 it in one call and resolves the future that waits for each token. No native thread runs Python.
 
+Some native objects also have lines for a log: those come under a token that :meth:`follow` gave,
+any number of times.
+
 A waiter may be cancelled while the native operation goes on. Its token stays known until its event
 arrives, so a value that owns something (a descriptor) can be released by ``on_abandoned``.
 """
@@ -23,6 +26,10 @@ _FATAL_TOKEN: Final = 0
 """Never handed out: the event of a native thread that panicked."""
 
 
+LineSink = Callable[[str], None]
+"""Gets one line for a log."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Waiter:
     future: asyncio.Future[object]
@@ -37,6 +44,7 @@ class NativeEvents:
         self._port = port
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[int, _Waiter] = {}
+        self._followers: dict[int, LineSink] = {}
         self._last_token = 0
         self._is_closed = False
         self._loop.add_reader(port.fileno(), self._drain)
@@ -57,14 +65,28 @@ class NativeEvents:
         Raises:
             UnavailableError: closed.
         """
+        token = self._next_token()
+        future: asyncio.Future[object] = self._loop.create_future()
+        future.add_done_callback(_mark_observed)
+        self._waiters[token] = _Waiter(future=future, on_abandoned=on_abandoned)
+        return token, future
+
+    def follow(self, sink: LineSink) -> int:
+        """Return a fresh token whose events are lines for ``sink``, until closed.
+
+        Raises:
+            UnavailableError: closed.
+        """
+        token = self._next_token()
+        self._followers[token] = sink
+        return token
+
+    def _next_token(self) -> int:
         if self._is_closed:
             message = "native events are closed"
             raise UnavailableError(message)
         self._last_token += 1
-        future: asyncio.Future[object] = self._loop.create_future()
-        future.add_done_callback(_mark_observed)
-        self._waiters[self._last_token] = _Waiter(future=future, on_abandoned=on_abandoned)
-        return self._last_token, future
+        return self._last_token
 
     async def call(
         self,
@@ -111,6 +133,10 @@ class NativeEvents:
                 # Nothing that is under way will ever be answered: end it all, never silently.
                 _LOG.critical("the native I/O thread failed", extra={"reason": event.message})
                 self._fail_all(InternalError(f"native I/O thread failed: {event.message}"))
+                continue
+            if (follower := self._followers.get(event.token)) is not None:
+                # Those that found no room come last, as their number.
+                follower(event.message if event.code == 0 else f"[{event.value} lines dropped]")
                 continue
             waiter = self._waiters.pop(event.token, None)
             if waiter is None:

@@ -29,14 +29,15 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Run the command."""
     del arguments
     config = load_config(environment=os.environ)
+    chosen = config.runtime.hypervisor_name or HypervisorName.BUILTIN
     document = {
         "version": __version__,
         "python": platform.python_version(),
         "host_kernel": platform.release(),
         "run_dir": os.environ.get(RUN_DIR_VARIABLE, DEFAULT_RUN_DIR),
         "configuration": [str(path) for path in config.files],
-        "guest": _guest(config.qemu.kernel.parent),
-        "hypervisor": {"qemu": _plain(config.qemu)},
+        "guest": _guest(config.hypervisor(chosen).kernel.parent),
+        "hypervisor": {name.value: _plain(config.hypervisor(name)) for name in HypervisorName},
         "agent": {"kata": _plain(config.agent)},
         "runtime": _plain(config.runtime),
     }

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from kata_hybrid.config.model import MAX_MEMORY_MIB, MIN_MEMORY_MIB, LogLevel, VirtioFsCache
+from kata_hybrid.config.model import (
+    MAX_BUILTIN_MEMORY_MIB,
+    MAX_MEMORY_MIB,
+    MIN_MEMORY_MIB,
+    BlockEngine,
+    HypervisorName,
+    LogLevel,
+)
+from kata_hybrid.types import FolderCache
 
 Check = Callable[[object], object]
 _MAX_U32 = 2**32 - 1
@@ -104,24 +112,41 @@ def _enum(kind: type[Enum], *, aliases: Mapping[str, str] | None = None) -> Chec
 _PORT = _integer(1, _MAX_U32 - 1)
 _MILLISECONDS = _integer(1, 24 * 3600 * 1000)
 
-QEMU_KEYS: Mapping[str, Key] = {
-    "path": Key("path", _optional_path),
+_HYPERVISOR_KEYS: Mapping[str, Key] = {
     "kernel": Key("kernel", _absolute_path),
     "initrd": Key("initrd", _absolute_path),
+    "kernel_params": Key("kernel_params", _kernel_params),
+    "default_vcpus": Key("default_vcpus", _vcpus),
+    "virtio_fs_cache": Key(
+        "virtio_fs_cache", _enum(FolderCache, aliases={"": "never", "none": "never"})
+    ),
+    "enable_debug": Key("enable_debug", _boolean),
+}
+
+BUILTIN_KEYS: Mapping[str, Key] = {
+    **_HYPERVISOR_KEYS,
+    "default_memory": Key("memory_mib", _integer(MIN_MEMORY_MIB, MAX_BUILTIN_MEMORY_MIB)),
+    "enable_hugepages": Key("enable_hugepages", _boolean),
+    "shared_fs": Key(
+        "shared_fs",
+        _choice("virtio-fs", aliases={"": "virtio-fs", "inline-virtio-fs": "virtio-fs"}),
+    ),
+    "block_device_aio": Key("block_engine", _enum(BlockEngine, aliases={"": "io_uring"})),
+    "block_device_cache_direct": Key("is_block_direct", _boolean),
+    "reclaim_guest_freed_memory": Key("reclaim_guest_freed_memory", _boolean),
+}
+
+QEMU_KEYS: Mapping[str, Key] = {
+    **_HYPERVISOR_KEYS,
+    "path": Key("path", _optional_path),
     "machine_type": Key("machine_type", _choice("q35", aliases={"": "q35"})),
     "machine_accelerators": Key("machine_accelerators", _text),
     "cpu_features": Key("cpu_features", _text),
-    "kernel_params": Key("kernel_params", _kernel_params),
-    "default_vcpus": Key("default_vcpus", _vcpus),
     "default_memory": Key("memory_mib", _integer(MIN_MEMORY_MIB, MAX_MEMORY_MIB)),
     "entropy_source": Key("entropy_source", _absolute_path),
     "shared_fs": Key("shared_fs", _choice("virtio-fs", aliases={"": "virtio-fs"})),
     "virtio_fs_daemon": Key("virtio_fs_daemon", _optional_path),
-    "virtio_fs_cache": Key(
-        "virtio_fs_cache", _enum(VirtioFsCache, aliases={"": "never", "none": "never"})
-    ),
     "virtio_fs_extra_args": Key("virtio_fs_extra_args", _texts),
-    "enable_debug": Key("enable_debug", _boolean),
 }
 
 AGENT_KEYS: Mapping[str, Key] = {
@@ -136,7 +161,9 @@ AGENT_KEYS: Mapping[str, Key] = {
 }
 
 RUNTIME_KEYS: Mapping[str, Key] = {
-    "hypervisor_name": Key("hypervisor_name", _choice("qemu")),
+    "hypervisor_name": Key(
+        "hypervisor_name", _enum(HypervisorName, aliases={"dragonball": "builtin"})
+    ),
     "agent_name": Key("agent_name", _choice("kata")),
     "name": Key("name", _choice("virt_container")),
     "enable_debug": Key("enable_debug", _boolean),
@@ -145,7 +172,13 @@ RUNTIME_KEYS: Mapping[str, Key] = {
 }
 
 TABLES: Mapping[tuple[str, ...], Mapping[str, Key]] = {
+    ("hypervisor", "builtin"): BUILTIN_KEYS,
     ("hypervisor", "qemu"): QEMU_KEYS,
     ("agent", "kata"): AGENT_KEYS,
     ("runtime",): RUNTIME_KEYS,
 }
+
+TABLE_ALIASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("hypervisor", "dragonball"): ("hypervisor", "builtin"),
+}
+"""Kata's names of tables that are ours by another: its monitor in the runtime's process."""

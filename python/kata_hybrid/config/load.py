@@ -12,8 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kata_hybrid.config.keys import TABLES, Key
-from kata_hybrid.config.model import AgentConfig, Config, QemuConfig, RuntimeConfig
+from kata_hybrid.config.keys import TABLE_ALIASES, TABLES, Key
+from kata_hybrid.config.model import (
+    AgentConfig,
+    BuiltinConfig,
+    Config,
+    HypervisorName,
+    QemuConfig,
+    RuntimeConfig,
+)
 from kata_hybrid.errors import InvalidConfigError
 
 CONFIG_FILE_VARIABLE = "KATA_CONF_FILE"
@@ -24,7 +31,7 @@ DEFAULT_PATHS = (
 DROP_IN_DIR = "config.d"
 _MAX_FILE_BYTES = 1 << 20
 _Table = tuple[str, ...]
-_Section = TypeVar("_Section", QemuConfig, AgentConfig, RuntimeConfig)
+_Section = TypeVar("_Section", BuiltinConfig, QemuConfig, AgentConfig, RuntimeConfig)
 
 
 def load_config(
@@ -70,12 +77,21 @@ def read_config(path: Path) -> Config:
     for file in files:
         for table, field, value in _parse(file):
             fields[table][field] = value
+    _name_the_only_hypervisor(fields)
     return Config(
+        builtin=_fill(BuiltinConfig(), fields["hypervisor", "builtin"]),
         qemu=_fill(QemuConfig(), fields["hypervisor", "qemu"]),
         agent=_fill(AgentConfig(), fields["agent", "kata"]),
         runtime=_fill(RuntimeConfig(), fields[("runtime",)]),
         files=files,
     )
+
+
+def _name_the_only_hypervisor(fields: Mapping[_Table, dict[str, Any]]) -> None:
+    """Whoever describes one monitor and names none means that one."""
+    described = [name for name in HypervisorName if fields["hypervisor", name.value]]
+    if len(described) == 1:
+        fields[("runtime",)].setdefault("hypervisor_name", described[0])
 
 
 def _fill(section: _Section, fields: Mapping[str, Any]) -> _Section:
@@ -107,23 +123,28 @@ def _parse(path: Path) -> Iterator[tuple[_Table, str, object]]:
             yield from _parse_table(path, (name,), value)
             continue
         for inner, table in _expect_table(path, (name,), value).items():
-            if (name, inner) not in TABLES:
+            if _known_table((name, inner)) not in TABLES:
                 raise _unknown(path, key=f"{name}.{inner}", value=table, known=_table_names())
             yield from _parse_table(path, (name, inner), table)
 
 
+def _known_table(table: _Table) -> _Table:
+    return TABLE_ALIASES.get(table, table)
+
+
 def _table_names() -> list[str]:
-    return [".".join(table) for table in TABLES]
+    return [".".join(table) for table in (*TABLES, *TABLE_ALIASES)]
 
 
 def _parse_table(path: Path, table: _Table, value: object) -> Iterator[tuple[_Table, str, object]]:
-    keys = TABLES[table]
+    known = _known_table(table)
+    keys = TABLES[known]
     for name, entry in _expect_table(path, table, value).items():
         dotted = ".".join((*table, name))
         key = keys.get(name)
         if key is None:
             raise _unknown(path, key=dotted, value=entry, known=list(keys))
-        yield table, key.field, _check(path, key, dotted=dotted, value=entry)
+        yield known, key.field, _check(path, key, dotted=dotted, value=entry)
 
 
 def _check(path: Path, key: Key, *, dotted: str, value: object) -> object:

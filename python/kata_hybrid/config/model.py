@@ -10,10 +10,14 @@ import os
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import ClassVar
+
+from kata_hybrid.types import FolderCache
 
 GUEST_DIR = Path("/usr/share/kata-hybrid/guest")
 MIN_MEMORY_MIB = 128
 MAX_MEMORY_MIB = 16 << 20
+MAX_BUILTIN_MEMORY_MIB = 1 << 20
 MIN_BOOT_TIMEOUT_MS = 10_000
 """Kata's connector raises a shorter ``reconnect_timeout_ms`` to this."""
 
@@ -29,43 +33,72 @@ class LogLevel(Enum):
     CRITICAL = "critical"
 
 
-class VirtioFsCache(Enum):
-    """What the guest may cache of the shared folder."""
+class HypervisorName(Enum):
+    """The machine monitors there are, as ``hypervisor_name`` and the tables spell them."""
 
-    NEVER = "never"
-    AUTO = "auto"
-    ALWAYS = "always"
+    BUILTIN = "builtin"
+    QEMU = "qemu"
+
+
+class BlockEngine(Enum):
+    """Who does the I/O of disks (key ``block_device_aio``)."""
+
+    IO_URING = "io_uring"
+    THREADS = "threads"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QemuConfig:
-    """``[hypervisor.qemu]``. A path of None means: look for it."""
+class HypervisorConfig:
+    """What every ``[hypervisor.…]`` table has."""
 
-    path: Path | None = None
+    MAX_VCPUS: ClassVar[int] = 1024
+    """Processors a machine of this kind can have."""
+
     kernel: Path = GUEST_DIR / "vmlinux"
     initrd: Path = GUEST_DIR / "initrd.img"
-    machine_type: str = "q35"
-    machine_accelerators: str = ""
-    """Appended to the machine options; ``accel=tcg`` or ``accel=kvm`` in it skips the choice."""
-    cpu_features: str = ""
     kernel_params: tuple[str, ...] = ()
     default_vcpus: float = 1.0
     """0 means one, below 0 means all of the host's."""
     memory_mib: int = 2048
     """Key ``default_memory``."""
-    entropy_source: Path = Path("/dev/urandom")
     shared_fs: str = "virtio-fs"
-    virtio_fs_daemon: Path | None = None
-    virtio_fs_cache: VirtioFsCache = VirtioFsCache.AUTO
-    virtio_fs_extra_args: tuple[str, ...] = ()
+    virtio_fs_cache: FolderCache = FolderCache.AUTO
     enable_debug: bool = False
 
     def vcpu_count(self, *, host_cpu_count: int | None = None) -> int:
         """Return how many vCPUs a machine gets: whole, at least one, at most the host's."""
-        host = host_cpu_count or os.cpu_count() or 1
+        host = min(host_cpu_count or os.cpu_count() or 1, self.MAX_VCPUS)
         if self.default_vcpus < 0:
             return host
         return max(1, min(math.ceil(self.default_vcpus), host))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltinConfig(HypervisorConfig):
+    """``[hypervisor.builtin]``: the monitor in this process."""
+
+    MAX_VCPUS: ClassVar[int] = 32
+
+    enable_hugepages: bool = False
+    block_engine: BlockEngine = BlockEngine.IO_URING
+    """Key ``block_device_aio``."""
+    is_block_direct: bool = False
+    """Key ``block_device_cache_direct``."""
+    reclaim_guest_freed_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuConfig(HypervisorConfig):
+    """``[hypervisor.qemu]``. A path of None means: look for it."""
+
+    path: Path | None = None
+    machine_type: str = "q35"
+    machine_accelerators: str = ""
+    """Appended to the machine options; ``accel=tcg`` or ``accel=kvm`` in it skips the choice."""
+    cpu_features: str = ""
+    entropy_source: Path = Path("/dev/urandom")
+    virtio_fs_daemon: Path | None = None
+    virtio_fs_extra_args: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +141,8 @@ _LOGGING_LEVELS = {
 class RuntimeConfig:
     """``[runtime]``."""
 
-    hypervisor_name: str = "qemu"
+    hypervisor_name: HypervisorName | None = None
+    """None: the built-in one where KVM runs guests, else QEMU."""
     agent_name: str = "kata"
     name: str = "virt_container"
     enable_debug: bool = False
@@ -125,7 +159,16 @@ class RuntimeConfig:
 class Config:
     """Everything, and where it was read from (no file: the built-in defaults)."""
 
+    builtin: BuiltinConfig = field(default_factory=BuiltinConfig)
     qemu: QemuConfig = field(default_factory=QemuConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     files: tuple[Path, ...] = ()
+
+    def hypervisor(self, name: HypervisorName) -> HypervisorConfig:
+        """Return the table of a monitor."""
+        match name:
+            case HypervisorName.BUILTIN:
+                return self.builtin
+            case HypervisorName.QEMU:
+                return self.qemu

@@ -13,9 +13,13 @@ service, or threads of ours.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
-from kata_hybrid.types import BlockDevice, ProcessIdentity, VhostUserFs, VmExit
+from kata_hybrid.errors import InvalidArgumentError
+from kata_hybrid.types import BlockDevice, FolderDevice, GuestDisk, ProcessIdentity, VmExit
+
+_MAX_SERIAL_BYTES: Final = 20
+"""VIRTIO_BLK_ID_BYTES, virtio 1.2 section 5.2.6."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,25 +56,40 @@ class Hypervisor(Protocol):
     def task_pid(self) -> int:
         """A live host pid that stands for the guest's processes."""
 
-    def add_shared_folder(self, folder: VhostUserFs) -> None:
-        """Give the guest a virtio-fs device. Before ``start``."""
+    def add_shared_folder(self, folder: FolderDevice) -> None:
+        """Give the guest a virtio-fs device. Before ``start``.
 
-    def add_disk(self, disk: BlockDevice) -> str:
-        """Give the guest a virtio-blk device. Before ``start``.
+        Raises:
+            InvalidArgumentError: it is of a kind this monitor does not take.
+            InvalidStateError: too late.
+        """
 
-        Returns:
-            How the agent finds it: a PCI path such as ``02`` (slots in hex joined by ``/``).
+    def add_disk(self, disk: BlockDevice) -> GuestDisk:
+        """Give the guest a virtio-blk device and say how the agent finds it. Before ``start``.
+
+        Raises:
+            InvalidArgumentError: its id does not fit a virtio-blk serial.
+            ResourceExhaustedError: the machine has room for no more.
+            InvalidStateError: too late.
         """
 
     async def start(self) -> None:
-        """Start the machine.
+        """Start the machine. If that fails, or is cancelled, nothing of it is left.
 
         Raises:
             VmmError: the monitor could not start it; the text has its own last words.
+            KvmAccessError: it needs KVM, which is absent or forbidden.
+            ResourceExhaustedError: the host has not the memory.
+            InvalidArgumentError: it was described as nothing can be.
+            InvalidStateError: it was started or stopped before.
         """
 
     async def stop(self) -> None:
-        """End the machine now (no guest shutdown) and wait until it is gone."""
+        """End the machine now (no guest shutdown) and wait until it is gone. Idempotent.
+
+        Raises:
+            VmmError: it does not go away within seconds.
+        """
 
     async def exited(self) -> VmExit:
         """Wait for the machine to be gone and say why."""
@@ -79,4 +98,15 @@ class Hypervisor(Protocol):
         """The last lines of the guest's console, for an error or a log."""
 
     async def cleanup(self) -> None:
-        """Release sockets, files and descriptors. After ``stop``."""
+        """Release sockets, files and descriptors. After ``stop``. Idempotent."""
+
+
+def check_serial(disk_id: str) -> None:
+    """Check that a disk id fits virtio-blk's serial.
+
+    Raises:
+        InvalidArgumentError: it does not.
+    """
+    if not disk_id or len(disk_id.encode()) > _MAX_SERIAL_BYTES or not disk_id.isascii():
+        msg = f"disk id {disk_id!r} is not 1 to {_MAX_SERIAL_BYTES} ASCII characters"
+        raise InvalidArgumentError(msg)

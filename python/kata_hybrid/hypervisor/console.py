@@ -39,8 +39,7 @@ class OutputReader:
 
     def tail(self) -> str:
         """Return the last lines as printable text."""
-        lines = bytes(self._tail).split(b"\n")
-        return "\n".join(_printable(line) for line in lines).strip("\n")
+        return printable_lines(bytes(self._tail))
 
     async def ended(self) -> None:
         """Wait until the other side has closed."""
@@ -117,6 +116,11 @@ class OutputReader:
             self._line.clear()
         self._report_dropped()
         self._ended.set()
+
+
+def printable_lines(output: bytes) -> str:
+    """Decode lines for people: see :func:`_printable`."""
+    return "\n".join(_printable(line) for line in output.split(b"\n")).strip("\n")
 
 
 def _printable(line: bytes) -> str:

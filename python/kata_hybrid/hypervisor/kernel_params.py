@@ -7,7 +7,7 @@ tsc=reliable, i8042.*, 8250.nr_uarts, mitigations=off, a CPU without la57, smap,
 memory.
 """
 
-from kata_hybrid.config.model import Config
+from kata_hybrid.config.model import Config, HypervisorName
 from kata_hybrid.errors import InvalidConfigError
 
 _COMMAND_LINE_BYTES = 2048
@@ -30,24 +30,25 @@ FASTER_BOOT = (
 )
 
 
-def kernel_params(config: Config) -> tuple[str, ...]:
-    """Compose the guest kernel's parameters.
+def kernel_params(config: Config, name: HypervisorName) -> tuple[str, ...]:
+    """Compose the parameters of the kernel that the monitor called ``name`` boots.
 
     Raises:
         InvalidConfigError: together they are longer than the kernel reads.
     """
+    hypervisor = config.hypervisor(name)
     params = (
         *BASE,
-        *(() if config.qemu.enable_debug else ("quiet",)),
+        *(() if hypervisor.enable_debug else ("quiet",)),
         *FASTER_BOOT,
         *_agent_params(config),
-        *config.qemu.kernel_params,
+        *hypervisor.kernel_params,
     )
     length = len(" ".join(params).encode())
     if length >= _COMMAND_LINE_BYTES:
         msg = (
-            f"hypervisor.qemu.kernel_params: the guest's command line would have {length} bytes, "
-            f"the kernel reads {_COMMAND_LINE_BYTES - 1}"
+            f"hypervisor.{name.value}.kernel_params: the guest's command line would have {length} "
+            f"bytes, the kernel reads {_COMMAND_LINE_BYTES - 1}"
         )
         raise InvalidConfigError(msg)
     return params

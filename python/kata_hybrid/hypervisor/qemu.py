@@ -17,28 +17,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kata_hybrid.aio.process import Process, ProcessReaper
-from kata_hybrid.errors import InvalidStateError, VmmError
-from kata_hybrid.hypervisor.base import MachineConfig
+from kata_hybrid.errors import InvalidArgumentError, InvalidStateError, VmmError
+from kata_hybrid.hypervisor.base import MachineConfig, check_serial
 from kata_hybrid.hypervisor.console import OutputReader
 from kata_hybrid.hypervisor.qemu_command import (
     Accelerator,
-    KernelVsock,
     QemuMachine,
-    UserVsock,
     build_command,
-    check_serial,
     disk_pci_path,
 )
 from kata_hybrid.hypervisor.qmp import ExitCauses, Monitor
 from kata_hybrid.hypervisor.vsock import (
     USER_GUEST_CID,
+    KernelVsock,
+    UserVsock,
     VsockBackend,
     VsockBackendFactory,
+    free_hybrid_path,
+    hybrid_address,
     open_kernel_vsock,
 )
-from kata_hybrid.types import BlockDevice, ProcessIdentity, VhostUserFs, VmExit
+from kata_hybrid.types import (
+    BlockDevice,
+    FolderDevice,
+    GuestDisk,
+    ProcessIdentity,
+    VhostUserFs,
+    VmExit,
+)
 
-AGENT_SOCKET = "agent.sock"
 VSOCK_SOCKET = "vhost-user-vsock.sock"
 _MONITOR_TIMEOUT_S = 30.0
 _COMMAND_TIMEOUT_S = 30.0
@@ -108,7 +115,7 @@ class QemuHypervisor:
     def agent_address(self) -> str:
         """Where the guest's vsock ports are reached."""
         if not self._settings.has_kernel_vsock:
-            return f"hvsock://{self._machine.run_dir / AGENT_SOCKET}"
+            return hybrid_address(self._machine.run_dir)
         if self._kernel_vsock is None:
             raise InvalidStateError(self._machine.name, state="new", request="get the CID of")
         return f"vsock://{self._kernel_vsock.guest_cid}"
@@ -125,18 +132,21 @@ class QemuHypervisor:
             raise InvalidStateError(self._machine.name, state="new", request="get the pid of")
         return self._process.pid
 
-    def add_shared_folder(self, folder: VhostUserFs) -> None:
-        """Give the guest a virtio-fs device. Before ``start``."""
+    def add_shared_folder(self, folder: FolderDevice) -> None:
+        """Give the guest a virtio-fs device that a daemon serves. Before ``start``."""
         self._refuse_if_started("add a shared folder to")
+        if not isinstance(folder, VhostUserFs):
+            message = f"shared folder {folder.tag}: QEMU needs a daemon to serve it"
+            raise InvalidArgumentError(message)
         self._folders.append(folder)
 
-    def add_disk(self, disk: BlockDevice) -> str:
-        """Give the guest a virtio-blk device and return its PCI path. Before ``start``."""
+    def add_disk(self, disk: BlockDevice) -> GuestDisk:
+        """Give the guest a virtio-blk device, found by its PCI path. Before ``start``."""
         self._refuse_if_started("add a disk to")
         check_serial(disk.id)
         pci_path = disk_pci_path(len(self._disks))
         self._disks.append(disk)
-        return pci_path
+        return GuestDisk(driver="blk", source=pci_path)
 
     def _refuse_if_started(self, request: str) -> None:
         if self._is_started or self._exit is not None:
@@ -209,10 +219,9 @@ class QemuHypervisor:
             self._resources.callback(os.close, self._kernel_vsock.vhost_fd)
             return self._kernel_vsock
         socket_path = self._machine.run_dir / VSOCK_SOCKET
-        hybrid_path = self._machine.run_dir / AGENT_SOCKET
-        for path in (socket_path, hybrid_path):
-            # Left by a shim that was killed: the folder is ours alone.
-            path.unlink(missing_ok=True)
+        # Left by a shim that was killed: the folder is ours alone.
+        socket_path.unlink(missing_ok=True)
+        hybrid_path = free_hybrid_path(self._machine.run_dir)
         backend = self._start_backend(
             socket_path=os.fspath(socket_path),
             hybrid_path=os.fspath(hybrid_path),

@@ -12,7 +12,8 @@ from enum import Enum
 from pathlib import Path
 
 from kata_hybrid.errors import InvalidArgumentError, ResourceExhaustedError
-from kata_hybrid.hypervisor.base import MachineConfig
+from kata_hybrid.hypervisor.base import MachineConfig, check_serial
+from kata_hybrid.hypervisor.vsock import KernelVsock, UserVsock
 from kata_hybrid.types import BlockDevice, VhostUserFs
 
 MEMORY_ID = "guest-memory"
@@ -22,8 +23,6 @@ _SLOT_VSOCK = 0x02
 _FOLDER_SLOTS = range(0x03, 0x08)
 _DISK_SLOTS = range(0x08, 0x1F)
 """0x1f is the chipset's ISA bridge."""
-_MAX_SERIAL_BYTES = 20
-"""VIRTIO_BLK_ID_BYTES, virtio 1.2 section 5.2.6."""
 _SECCOMP = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -32,21 +31,6 @@ class Accelerator(Enum):
 
     KVM = "kvm"
     TCG = "tcg"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelVsock:
-    """vsock by the host's vhost-vsock; ``vhost_fd`` is inherited."""
-
-    vhost_fd: int
-    guest_cid: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UserVsock:
-    """vsock by a vhost-user back end that listens on ``socket_path``."""
-
-    socket_path: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,17 +88,6 @@ def _slot(slots: range, index: int, *, what: str) -> int:
         msg = f"a machine has at most {len(slots)} {what}s"
         raise ResourceExhaustedError(msg)
     return slots[index]
-
-
-def check_serial(disk_id: str) -> None:
-    """Check that a disk id fits virtio-blk's serial.
-
-    Raises:
-        InvalidArgumentError: it does not.
-    """
-    if not disk_id or len(disk_id.encode()) > _MAX_SERIAL_BYTES or not disk_id.isascii():
-        msg = f"disk id {disk_id!r} is not 1 to {_MAX_SERIAL_BYTES} ASCII characters"
-        raise InvalidArgumentError(msg)
 
 
 def build_command(qemu: QemuMachine) -> tuple[str, ...]:

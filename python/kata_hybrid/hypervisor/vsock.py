@@ -1,8 +1,8 @@
-"""How the guest's vsock is reached: the host's vhost-vsock, or a back end of ours over vhost-user.
+"""How the guest's vsock is reached: the host's vhost-vsock, or one that ends in this process.
 
 ``/dev/vhost-vsock`` needs a CID nobody else on the host has; the kernel is the judge, so random
-ones are tried. Without that device QEMU speaks vhost-user to a back end in this process, which
-shows the guest's ports as one Unix socket (hybrid vsock) in the run directory.
+ones are tried. The built-in monitor's device, and our vhost-user back end for a QEMU on a host
+without that device, show the guest's ports as one Unix socket (hybrid vsock) in the run directory.
 """
 
 import errno
@@ -10,21 +10,53 @@ import fcntl
 import os
 import secrets
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from kata_hybrid.errors import ResourceExhaustedError, VmmError
-from kata_hybrid.hypervisor.qemu_command import KernelVsock
 
+AGENT_SOCKET = "agent.sock"
+"""In the run directory: the guest's vsock ports behind one Unix socket (hybrid vsock)."""
 VHOST_VSOCK_DEVICE = Path("/dev/vhost-vsock")
 USER_GUEST_CID = 3
-"""No two guests behind vhost-user share a CID space, so each can have the first free one."""
+"""Guests whose vsock ends in this process share no CID space: each can have the first free one."""
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
 """_IOW(VHOST_VIRTIO, 0x60, __u64), linux/vhost.h."""
 _FIRST_CID = 3
 _LAST_CID = 0xFFFFFFFE
 """VMADDR_CID_ANY is the number after it."""
 _ATTEMPTS = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelVsock:
+    """vsock by the host's vhost-vsock; ``vhost_fd`` is inherited."""
+
+    vhost_fd: int
+    guest_cid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserVsock:
+    """vsock by a vhost-user back end that listens on ``socket_path``."""
+
+    socket_path: Path
+
+
+def hybrid_address(run_dir: Path) -> str:
+    """Return where the ports of a guest are reached whose vsock ends in this process."""
+    return f"hvsock://{run_dir / AGENT_SOCKET}"
+
+
+def free_hybrid_path(run_dir: Path) -> Path:
+    """Return the path of that socket, with nothing there: the folder is one sandbox's alone.
+
+    A shim that was killed may have left one.
+    """
+    path = run_dir / AGENT_SOCKET
+    path.unlink(missing_ok=True)
+    return path
 
 
 class VsockBackend(Protocol):

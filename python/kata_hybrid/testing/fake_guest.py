@@ -17,6 +17,7 @@ from kata_hybrid.types import (
     BlockDevice,
     ContainerId,
     GuestDetails,
+    GuestDisk,
     GuestStorage,
     ProcessIdentity,
     SandboxId,
@@ -43,9 +44,9 @@ class FakeGuest:
         )
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    def add_disk(self, disk: BlockDevice) -> str:
+    def add_disk(self, disk: BlockDevice) -> GuestDisk:
         """Name the disk."""
-        return disk.id
+        return GuestDisk(driver="fake", source=disk.id)
 
     async def start(
         self,

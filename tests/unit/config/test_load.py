@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kata_hybrid.config.keys import TABLES
 from kata_hybrid.config.load import CONFIG_FILE_VARIABLE, find_config, load_config, read_config
-from kata_hybrid.config.model import Config, LogLevel, QemuConfig, VirtioFsCache
+from kata_hybrid.config.model import Config, LogLevel, QemuConfig, FolderCache
 from kata_hybrid.errors import InvalidConfigError
 
 FULL = """
@@ -61,7 +61,7 @@ def test_every_key_arrives(tmp_path: Path) -> None:
     assert config.qemu.kernel_params == ("one=1", '"quoted=a b"', "two")
     assert config.qemu.vcpu_count(host_cpu_count=8) == 3
     assert config.qemu.memory_mib == 512
-    assert config.qemu.virtio_fs_cache is VirtioFsCache.NEVER
+    assert config.qemu.virtio_fs_cache is FolderCache.NEVER
     assert config.qemu.virtio_fs_daemon == Path("/usr/lib/qemu/virtiofsd")
     assert config.agent.boot_timeout_s == 10
     assert config.agent.health_check_timeout_s == 1.5

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from kata_hybrid.types import BlockDevice, GuestStorage, Mount
+from kata_hybrid.types import BlockDevice, GuestDisk, GuestStorage, Mount
 
 _FILE_SYSTEMS: Final = frozenset({"ext4", "xfs", "erofs", "ext3", "btrfs", "squashfs"})
 # Consumed here, or about how the host would have attached the file.
@@ -39,15 +39,15 @@ class BlockRootfs:
         self._entry = entry
         self.storages: tuple[GuestStorage, ...] = ()
 
-    def attached(self, pci_path: str) -> None:
+    def attached(self, disk: GuestDisk) -> None:
         """Note where the guest finds the disk."""
         options = [option for option in self._entry.options if option not in _HOST_OPTIONS]
         if self._entry.type == "xfs":
             options.append("nouuid")
         self.storages = (
             GuestStorage(
-                driver="blk",
-                source=pci_path,
+                driver=disk.driver,
+                source=disk.source,
                 fstype=self._entry.type,
                 options=tuple(options),
                 mount_point=self.guest_path,

@@ -1,6 +1,7 @@
 """The shared folder's contract: where it is on both sides, and who serves it.
 
 Lifecycle: new ──start──▶ serving ──(daemon dies)──▶ gone; ``stop`` from any state, repeatable.
+Without a daemon the machine's monitor serves it, for as long as there is a machine.
 What is mounted below ``host_path`` after ``start`` must be seen by the guest too.
 """
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
-from kata_hybrid.types import ProcessIdentity, VhostUserFs
+from kata_hybrid.types import FolderDevice, ProcessIdentity
 
 TAG: Final = "kataShared"
 GUEST_PATH: Final = PurePosixPath("/run/kata-containers/shared/containers")
@@ -30,7 +31,7 @@ class ShareFs(Protocol):
         """What is served."""
 
     @property
-    def device(self) -> VhostUserFs:
+    def device(self) -> FolderDevice:
         """The device to give to the machine. Valid once started."""
 
     @property
@@ -45,7 +46,7 @@ class ShareFs(Protocol):
         """
 
     async def died(self) -> str:
-        """Wait for the daemon to be gone and say why."""
+        """Wait for the daemon to be gone and say why. Without a daemon: for ``stop``."""
 
     async def stop(self) -> None:
         """End the daemon now and remove its socket. Idempotent."""

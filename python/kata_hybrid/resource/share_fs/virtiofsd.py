@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kata_hybrid.aio.process import Process, ProcessReaper
-from kata_hybrid.config.model import QemuConfig, VirtioFsCache
+from kata_hybrid.config.model import QemuConfig
 from kata_hybrid.errors import InvalidStateError, VmmError
 from kata_hybrid.hypervisor.console import OutputReader
 from kata_hybrid.hypervisor.probe import VirtiofsdFinding, VirtiofsdKind
 from kata_hybrid.resource.share_fs.base import TAG, SharedFolder
-from kata_hybrid.types import ProcessIdentity, VhostUserFs
+from kata_hybrid.types import FolderCache, ProcessIdentity, VhostUserFs
 
 SANDBOX = "chroot"
 """One process, confined to the folder, in the shim's own (private) mount namespace. The other mode,
@@ -45,7 +45,7 @@ class VirtiofsdSettings:
 
     program: Path
     kind: VirtiofsdKind
-    cache: VirtioFsCache = VirtioFsCache.AUTO
+    cache: FolderCache = FolderCache.AUTO
     extra_arguments: tuple[str, ...] = ()
     is_debug: bool = False
 
@@ -82,7 +82,7 @@ def build_arguments(
 def _c_arguments(settings: VirtiofsdSettings, *, folder: Path) -> tuple[str, ...]:
     # fuse_opt unescapes "\," and "\\" in an -o value.
     source = os.fspath(folder).replace("\\", "\\\\").replace(",", "\\,")
-    cache = "none" if settings.cache is VirtioFsCache.NEVER else settings.cache.value
+    cache = "none" if settings.cache is FolderCache.NEVER else settings.cache.value
     level = "debug" if settings.is_debug else "info"
     options = (
         f"source={source}",

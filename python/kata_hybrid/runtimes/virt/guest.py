@@ -23,6 +23,7 @@ from kata_hybrid.resource.share_fs.base import SharedFolder, ShareFs
 from kata_hybrid.types import (
     BlockDevice,
     GuestDetails,
+    GuestDisk,
     GuestStorage,
     ProcessIdentity,
     SandboxId,
@@ -65,8 +66,8 @@ class Guest(Protocol):
     def is_seccomp_disabled(self) -> bool:
         """Containers run without their seccomp profile."""
 
-    def add_disk(self, disk: BlockDevice) -> str:
-        """Add a disk and return how the agent finds it."""
+    def add_disk(self, disk: BlockDevice) -> GuestDisk:
+        """Add a disk and say how the agent finds it."""
 
     async def start(
         self,
@@ -137,7 +138,7 @@ class VirtGuest:
             raise VmExitedError(message)
         return self._details
 
-    def add_disk(self, disk: BlockDevice) -> str:
+    def add_disk(self, disk: BlockDevice) -> GuestDisk:
         """Add a disk before the start."""
         return self._hypervisor.add_disk(disk)
 
@@ -175,8 +176,8 @@ class VirtGuest:
         try:
             await self._hypervisor.start()
         except VmmError as exc:
-            # A shared folder that went away makes the machine fail: then that is the cause.
-            if reason := await _soon(self._share_fs.died()):
+            # A daemon that went away makes the machine fail: then that is the cause.
+            if self._share_fs.processes and (reason := await _soon(self._share_fs.died())):
                 raise VmmError("serve shared folder", reason) from exc
             raise
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kata_hybrid.aio.process import ProcessReaper
-from kata_hybrid.config.model import QemuConfig, VirtioFsCache
+from kata_hybrid.config.model import QemuConfig
 from kata_hybrid.errors import InvalidStateError, VmmError
 from kata_hybrid.hypervisor.probe import VirtiofsdFinding, VirtiofsdKind
 from kata_hybrid.resource.share_fs.base import SharedFolder
@@ -29,14 +29,14 @@ def arguments(kind: VirtiofsdKind, folder: str, **changes: object) -> tuple[str,
 
 
 def test_the_c_daemon_gets_its_options_and_an_escaped_path() -> None:
-    command = arguments(VirtiofsdKind.C, "/a,b\\c", cache=VirtioFsCache.NEVER)
+    command = arguments(VirtiofsdKind.C, "/a,b\\c", cache=FolderCache.NEVER)
     assert command[:3] == ("/v", "--fd=5", "--rlimit-nofile=1000")
     assert "source=/a\\,b\\\\c" in command
     assert {"cache=none", "xattr", "sandbox=chroot"} <= set(command)
 
 
 def test_the_rust_daemon_gets_its_options_and_the_path_as_it_is() -> None:
-    command = arguments(VirtiofsdKind.RUST, "/a,b", cache=VirtioFsCache.NEVER)
+    command = arguments(VirtiofsdKind.RUST, "/a,b", cache=FolderCache.NEVER)
     assert {"--shared-dir=/a,b", "--cache=never", "--xattr", "--sandbox=chroot"} <= set(command)
 
 
@@ -46,12 +46,12 @@ def test_extra_arguments_come_last() -> None:
 
 
 def test_settings_combine_configuration_and_finding() -> None:
-    config = QemuConfig(virtio_fs_cache=VirtioFsCache.ALWAYS, virtio_fs_extra_args=("-z",))
+    config = QemuConfig(virtio_fs_cache=FolderCache.ALWAYS, virtio_fs_extra_args=("-z",))
     found = VirtiofsdFinding(path=Path("/v"), kind=VirtiofsdKind.RUST)
     assert virtiofsd_settings(config, found) == VirtiofsdSettings(
         program=Path("/v"),
         kind=VirtiofsdKind.RUST,
-        cache=VirtioFsCache.ALWAYS,
+        cache=FolderCache.ALWAYS,
         extra_arguments=("-z",),
     )
 

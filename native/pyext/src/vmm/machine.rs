@@ -1,0 +1,243 @@
+//! A machine for Python: its states and requests, each a call of `vmm_core`.
+
+use std::collections::BTreeMap;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use vmm_core::event::VmEvents;
+use vmm_core::virtio::balloon::BalloonConfig;
+use vmm_core::virtio::block::BlockConfig;
+use vmm_core::vm::{VmError, VmState};
+
+use super::devices::{self, Device};
+use super::limit::limits;
+use super::reports::Reports;
+use super::{Balloon, DeviceMetrics, Limit, VmConfig, VmExit};
+use crate::convert::take_fd;
+use crate::detach::detached;
+use crate::errors::{MachineError, NativeError};
+use crate::events::EventPort;
+
+/// A virtual machine in this process. Dropping it stops it.
+#[pyclass(frozen, module = "kata_hybrid._native.vmm")]
+pub(crate) struct Vm {
+    vm: vmm_core::vm::Vm,
+    reports: Arc<Reports>,
+}
+
+#[pymethods]
+impl Vm {
+    #[new]
+    #[pyo3(signature = (config, port, *, exited_token, log_token = None, console_fd = None))]
+    fn new(
+        config: &VmConfig,
+        port: &EventPort,
+        exited_token: u64,
+        log_token: Option<u64>,
+        console_fd: Option<RawFd>,
+    ) -> Result<Self, NativeError> {
+        let console = console_fd.map(take_fd).transpose()?;
+        let reports = Arc::new(Reports::new(port.queue(), exited_token, log_token));
+        let events = Arc::clone(&reports) as Arc<dyn VmEvents>;
+        let vm = vmm_core::vm::Vm::new(config.inner.clone(), console, events)?;
+        Ok(Self { vm, reports })
+    }
+
+    /// Add a disk; gives the node it has in a Linux guest. Before the start.
+    #[pyo3(signature = (
+        *,
+        id,
+        path,
+        is_read_only = false,
+        is_direct = false,
+        engine = "auto",
+        bandwidth = None,
+        operations = None,
+    ))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one keyword for each property of a disk"
+    )]
+    fn add_disk(
+        &self,
+        py: Python<'_>,
+        id: String,
+        path: PathBuf,
+        is_read_only: bool,
+        is_direct: bool,
+        engine: &str,
+        bandwidth: Option<Limit>,
+        operations: Option<Limit>,
+    ) -> PyResult<String> {
+        let config = BlockConfig {
+            id,
+            path,
+            is_read_only,
+            is_direct,
+            engine: devices::engine(engine)?,
+            rate_limiter: (bandwidth.is_some() || operations.is_some())
+                .then(|| limits(bandwidth, operations)),
+        };
+        let before = self.add(py, || devices::disk(config))?;
+        Ok(devices::disk_node(before))
+    }
+
+    /// Share a folder. Before the start.
+    #[pyo3(signature = (*, tag, folder, cache = "auto", is_read_only = false))]
+    fn add_folder(
+        &self,
+        py: Python<'_>,
+        tag: String,
+        folder: PathBuf,
+        cache: &str,
+        is_read_only: bool,
+    ) -> PyResult<()> {
+        let cache = devices::cache_mode(cache)?;
+        self.add(py, || devices::folder(tag, folder, cache, is_read_only))?;
+        Ok(())
+    }
+
+    /// Let host and guest connect to each other. Before the start.
+    #[pyo3(signature = (*, socket_path, guest_cid = 3))]
+    fn add_vsock(&self, py: Python<'_>, socket_path: PathBuf, guest_cid: u64) -> PyResult<()> {
+        self.add(py, || devices::vsock(socket_path, guest_cid))?;
+        Ok(())
+    }
+
+    /// Give the guest random bytes. Before the start.
+    #[pyo3(signature = (*, bandwidth = None, operations = None))]
+    fn add_rng(
+        &self,
+        py: Python<'_>,
+        bandwidth: Option<Limit>,
+        operations: Option<Limit>,
+    ) -> PyResult<()> {
+        let limits = limits(bandwidth, operations);
+        self.add(py, || devices::rng(&limits))?;
+        Ok(())
+    }
+
+    /// Let the guest give memory back. Before the start.
+    #[pyo3(signature = (*, target_pages = 0, deflates_on_oom = true, reports_free_pages = false))]
+    fn add_balloon(
+        &self,
+        py: Python<'_>,
+        target_pages: u32,
+        deflates_on_oom: bool,
+        reports_free_pages: bool,
+    ) -> PyResult<Balloon> {
+        let (device, control) = devices::balloon(BalloonConfig {
+            target_pages,
+            deflates_on_oom,
+            reports_free_pages,
+        });
+        self.add(py, || Ok(device))?;
+        Ok(control.into())
+    }
+
+    /// Make the machine and let the guest run.
+    fn start(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.launched(self.vm.start()))
+    }
+
+    /// Make the machine as a snapshot says, and leave it paused.
+    #[expect(clippy::needless_pass_by_value, reason = "paths arrive as PathBuf")]
+    fn restore(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
+        detached(py, || self.launched(self.vm.restore(&folder)))
+    }
+
+    /// Stop the guest's time.
+    fn pause(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.vm.pause())
+    }
+
+    /// Let the guest's time go on.
+    fn resume(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.vm.resume())
+    }
+
+    /// Write the whole machine, which has to be paused, into a folder.
+    #[expect(clippy::needless_pass_by_value, reason = "paths arrive as PathBuf")]
+    fn snapshot(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
+        detached(py, || self.vm.snapshot(&folder))
+    }
+
+    /// End the machine now and wait until all of it is released. Idempotent.
+    fn stop(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.stopped())
+    }
+
+    /// Where it is in its life.
+    #[getter]
+    fn state(&self) -> &'static str {
+        self.vm.state().name()
+    }
+
+    /// How it ended; nothing before that, and for a machine that never ran.
+    #[getter]
+    fn exit(&self) -> Option<VmExit> {
+        self.reports.exit().map(VmExit::from)
+    }
+
+    /// What the guest printed last.
+    fn console_tail<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.vm.console_tail())
+    }
+
+    /// The kernel's ids of the machine's threads, by name.
+    fn thread_ids(&self, py: Python<'_>) -> BTreeMap<String, i32> {
+        // Waits for a start that is under way.
+        py.detach(|| self.vm.thread_ids()).into_iter().collect()
+    }
+
+    /// Counters of each device.
+    fn metrics(&self, py: Python<'_>) -> Vec<DeviceMetrics> {
+        let metrics = py.detach(|| self.vm.metrics());
+        metrics.into_iter().map(DeviceMetrics::from).collect()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<Vm {}>", self.state())
+    }
+}
+
+impl Vm {
+    /// Make a device and add it; gives how many of its kind there were before.
+    fn add(
+        &self,
+        py: Python<'_>,
+        make: impl FnOnce() -> Result<Device, MachineError> + Send,
+    ) -> PyResult<usize> {
+        detached(py, || Ok::<_, MachineError>(self.vm.add_device(make()?)?))
+    }
+
+    fn launched(&self, result: Result<(), VmError>) -> Result<(), VmError> {
+        // Refused because it runs already: then its end is still to come.
+        if result.is_err() && self.vm.state() == VmState::Stopped {
+            self.reports.never_ran("the machine did not start");
+        }
+        result
+    }
+
+    fn stopped(&self) -> Result<(), VmError> {
+        let result = self.vm.stop();
+        if result.is_ok() {
+            // One that ran has told by now.
+            self.reports.never_ran("the machine was never started");
+        }
+        result
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if matches!(self.vm.state(), VmState::Created | VmState::Stopped) {
+            return;
+        }
+        // It waits for threads: not while nobody else may run Python.
+        let _result = Python::attach(|py| py.detach(|| self.vm.stop()));
+    }
+}

@@ -1,0 +1,312 @@
+"""The machine monitor in this process: an adapter of ``_native.vmm`` to the contract.
+
+Owned by one sandbox, used on the event loop's thread. The machine is threads of ours: there is no
+process to spawn, to watch or to leave behind; it goes with the shim, however that goes.
+
+    new ──start──▶ running ──guest or host ends it──▶ exited
+     └──────────────── stop ────────────────────────────▲
+
+Making and ending a machine opens files and waits for threads, so both happen off the loop
+(``aio/blocking.py``); that it ended by itself is an event of the port.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from kata_hybrid._native import vmm
+from kata_hybrid.aio.blocking import call_in_thread
+from kata_hybrid.aio.events import NativeEvents
+from kata_hybrid.config.model import BlockEngine, BuiltinConfig
+from kata_hybrid.errors import (
+    InternalError,
+    InvalidArgumentError,
+    InvalidStateError,
+    KataError,
+    KvmAccessError,
+    ResourceExhaustedError,
+    VmmError,
+)
+from kata_hybrid.hypervisor.base import MachineConfig, check_serial
+from kata_hybrid.hypervisor.console import OutputReader, printable_lines
+from kata_hybrid.hypervisor.vsock import USER_GUEST_CID, free_hybrid_path, hybrid_address
+from kata_hybrid.types import (
+    BlockDevice,
+    FolderDevice,
+    GuestDisk,
+    HostFolder,
+    ProcessIdentity,
+    VmExit,
+)
+
+_START_TIMEOUT_S = 60.0
+"""Reading a kernel from a slow disk, and filling gigabytes of huge pages with zeros."""
+_STOP_TIMEOUT_S = 20.0
+_MAX_DISKS = 12
+_KVM_DEVICE = "/dev/kvm"
+
+_console_log = logging.getLogger("kata_hybrid.guest.console")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltinSettings:
+    """How machines are made on this host: from the configuration."""
+
+    has_hugepages: bool = False
+    block_engine: BlockEngine = BlockEngine.IO_URING
+    is_block_direct: bool = False
+    reclaims_freed_memory: bool = False
+
+
+def builtin_settings(config: BuiltinConfig) -> BuiltinSettings:
+    """Take what is configured."""
+    return BuiltinSettings(
+        has_hugepages=config.enable_hugepages,
+        block_engine=config.block_engine,
+        is_block_direct=config.is_block_direct,
+        reclaims_freed_memory=config.reclaim_guest_freed_memory,
+    )
+
+
+class BuiltinHypervisor:
+    """One virtual machine in this process (implements ``Hypervisor``)."""
+
+    def __init__(
+        self, machine: MachineConfig, *, settings: BuiltinSettings, events: NativeEvents
+    ) -> None:
+        """Describe a machine; nothing is started."""
+        self._machine = machine
+        self._settings = settings
+        self._events = events
+        self._folders: list[HostFolder] = []
+        self._disks: list[BlockDevice] = []
+        self._vm: vmm.Vm | None = None
+        self._console: OutputReader | None = None
+        self._console_end = ""
+        self._ended: asyncio.Future[object] | None = None
+        self._began = asyncio.Event()
+        self._is_started = False
+        self._exit: VmExit | None = None
+
+    @property
+    def name(self) -> str:
+        """``builtin (kvm)``: there is no other way to run its machines."""
+        return "builtin (kvm)"
+
+    @property
+    def agent_address(self) -> str:
+        """Where the guest's vsock ports are reached."""
+        return hybrid_address(self._machine.run_dir)
+
+    @property
+    def processes(self) -> tuple[ProcessIdentity, ...]:
+        """None besides this one."""
+        return ()
+
+    @property
+    def task_pid(self) -> int:
+        """This process: the guest runs on threads of it."""
+        return os.getpid()
+
+    def add_shared_folder(self, folder: FolderDevice) -> None:
+        """Give the guest a virtio-fs device that is served here. Before ``start``."""
+        self._refuse_if_started("add a shared folder to")
+        if not isinstance(folder, HostFolder):
+            message = f"shared folder {folder.tag}: the built-in monitor serves folders itself"
+            raise InvalidArgumentError(message)
+        self._folders.append(folder)
+
+    def add_disk(self, disk: BlockDevice) -> GuestDisk:
+        """Give the guest a virtio-blk device, found by its node. Before ``start``."""
+        self._refuse_if_started("add a disk to")
+        check_serial(disk.id)
+        if len(self._disks) >= _MAX_DISKS:
+            message = f"a machine has at most {_MAX_DISKS} disks"
+            raise ResourceExhaustedError(message)
+        self._disks.append(disk)
+        return GuestDisk(driver="mmioblk", source=_disk_node(len(self._disks) - 1))
+
+    def _refuse_if_started(self, request: str) -> None:
+        if self._is_started or self._exit is not None:
+            state = "running" if self._exit is None else "exited"
+            raise InvalidStateError(self._machine.name, state=state, request=request)
+
+    async def start(self) -> None:
+        """Make the machine and let the guest run.
+
+        Raises:
+            KataError: see ``Hypervisor.start``.
+        """
+        self._refuse_if_started("start")
+        self._is_started = True
+        try:
+            with _native_errors("start machine"):
+                self._vm = vm = self._describe()
+                await _call(lambda: self._launch(vm), timeout_s=_START_TIMEOUT_S)
+        except BaseException:
+            await self._end_failed_start()
+            raise
+        self._began.set()
+
+    def _describe(self) -> vmm.Vm:
+        """Make the native object: nothing of KVM exists yet."""
+        machine = self._machine
+        config = vmm.VmConfig(
+            kernel=machine.kernel,
+            initrd=machine.initrd,
+            command_line=" ".join(machine.kernel_params),
+            vcpu_count=machine.vcpu_count,
+            memory_mib=machine.memory_mib,
+            memory="hugepages" if self._settings.has_hugepages else "anonymous",
+        )
+        exited_token, self._ended = self._events.expect()
+        log_token = self._events.follow(_log_machine)
+        read_end, write_end = os.pipe()
+        # Its own tail is not asked for: the machine keeps one, which a slow loop cannot miss.
+        self._console = OutputReader(read_end, sink=_log_console, tail_bytes=0)
+        return vmm.Vm(
+            config,
+            self._events.port,
+            exited_token=exited_token,
+            log_token=log_token,
+            console_fd=write_end,
+        )
+
+    def _launch(self, vm: vmm.Vm) -> None:
+        """Open everything and start. On a thread of its own."""
+        settings = self._settings
+        vm.add_vsock(
+            socket_path=free_hybrid_path(self._machine.run_dir), guest_cid=USER_GUEST_CID
+        )
+        vm.add_rng()
+        if settings.reclaims_freed_memory:
+            vm.add_balloon(reports_free_pages=True)
+        for folder in self._folders:
+            vm.add_folder(tag=folder.tag, folder=folder.path, cache=folder.cache.value)
+        for index, disk in enumerate(self._disks):
+            node = vm.add_disk(
+                id=disk.id,
+                path=disk.path,
+                is_read_only=disk.is_read_only,
+                is_direct=settings.is_block_direct,
+                engine="auto" if settings.block_engine is BlockEngine.IO_URING else "sync",
+            )
+            if node != _disk_node(index):
+                message = f"disk {disk.id} is {node}, {_disk_node(index)} was promised"
+                raise InternalError(message)
+        vm.start()
+
+    async def _end_failed_start(self) -> None:
+        try:
+            # Also waits for a start that was given up to come to its end, and undoes it.
+            await self._stop_native()
+        except KataError as error:
+            _log.warning("a failed start left something", extra={"error": str(error)})
+        self._exit = VmExit(reason="failed", detail="the machine was not started")
+        self._began.set()
+        self._release()
+
+    async def stop(self) -> None:
+        """End the machine and wait until all of it is released.
+
+        Raises:
+            VmmError: it is still there after several seconds.
+        """
+        if not self._is_started and self._exit is None:
+            self._exit = VmExit(reason="killed", detail="never started")
+            self._began.set()
+        await self._stop_native()
+
+    async def _stop_native(self) -> None:
+        vm = self._vm
+        if vm is None:
+            return
+        with _native_errors("stop machine"):
+            await _call(vm.stop, timeout_s=_STOP_TIMEOUT_S)
+        if self._exit is None:
+            self._exit = _explain(vm)
+
+    async def exited(self) -> VmExit:
+        """Wait for the machine to be gone and say why."""
+        await self._began.wait()
+        if self._exit is None and self._ended is not None:
+            try:
+                await asyncio.shield(self._ended)
+            except KataError as error:
+                # The port is gone, and with it whatever would have been heard.
+                return VmExit(reason="failed", detail=str(error))
+        if self._exit is None:
+            self._exit = _explain(self._vm)
+        return self._exit
+
+    def console_tail(self) -> str:
+        """Return the last lines of the guest's console."""
+        return self._console_end if self._vm is None else _console_tail(self._vm)
+
+    async def cleanup(self) -> None:
+        """Release what is left. After ``stop``. Idempotent."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._console is not None:
+            self._console.close()
+        if self._vm is not None:
+            self._console_end = _console_tail(self._vm)
+            self._vm = None
+
+
+async def _call(work: Callable[[], None], *, timeout_s: float) -> None:
+    await call_in_thread(work, name="vmm-call", timeout_s=timeout_s)
+
+
+def _explain(vm: vmm.Vm | None) -> VmExit:
+    exit_ = None if vm is None else vm.exit
+    if exit_ is None:
+        return VmExit(reason="failed", detail="the machine was not started")
+    return VmExit(reason=exit_.reason, detail=exit_.detail)
+
+
+def _console_tail(vm: vmm.Vm) -> str:
+    return printable_lines(vm.console_tail())
+
+
+def _disk_node(index: int) -> str:
+    return f"/dev/vd{chr(ord('a') + index)}"
+
+
+@contextlib.contextmanager
+def _native_errors(operation: str) -> Iterator[None]:
+    """Turn what native code raises into errors of ours, the cause kept."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise VmmError(operation, str(error) or "not done in time") from error
+    except OSError as error:
+        raise _os_error(operation, error) from error
+    except vmm.VmmError as error:
+        raise VmmError(operation, str(error)) from error
+    except ValueError as error:
+        message = f"{operation}: {error}"
+        raise InvalidArgumentError(message) from error
+
+
+def _os_error(operation: str, error: OSError) -> KataError:
+    text = error.strerror or str(error)
+    if error.filename == _KVM_DEVICE:
+        return KvmAccessError(f"{operation}: {text}")
+    if error.errno == errno.ENOMEM:
+        return ResourceExhaustedError(f"{operation}: {text}")
+    return VmmError(operation, text)
+
+
+def _log_console(line: str) -> None:
+    _console_log.info("guest console", extra={"line": line})
+
+
+def _log_machine(line: str) -> None:
+    _log.warning("machine says", extra={"line": line})
