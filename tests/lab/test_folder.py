@@ -1,4 +1,4 @@
-"""Folders of the host in a real guest: what programs expect, what the host sees, what is refused."""
+"""Folders of the host in a real guest: what programs expect, what the host sees, what is not."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.in_guest.folder_checks import CHECKS
+from lab_guest.in_guest.folder_checks import CHECKS
 from lab_guest.machine import GuestError, Machine
 from lab_guest.streams import random_bytes
 

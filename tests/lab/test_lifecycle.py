@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lab.restored import ECHO_PORT, HELD_PORT, VCPUS, wait_for
 from lab_guest.machine import Machine, dial
+from lab_guest.restored import ECHO_PORT, HELD_PORT, VCPUS, wait_for
 from lab_guest.streams import random_bytes, trailer
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 LOAD_S = 20
 PAUSES = 50
 STREAM_TIMEOUT_S = 30.0
-HERE = Path(__file__).parent
 TICKER = """
 mkdir -p /run/disk && mkfs.ext4 -q -F /dev/vda && mount /dev/vda /run/disk
 (
@@ -70,7 +69,7 @@ class CheckedStream(threading.Thread):
                 sent += data
                 self._rounds += 1
             connection.shutdown(socket.SHUT_WR)
-            assert received.read() == trailer(sent)
+            assert received.read() == trailer(bytes(sent))
             received.close()
 
     def finish(self) -> int:
@@ -192,7 +191,7 @@ def restore(attempt: str, snapshot: Path, *, run_dir: Path, ext4: Path) -> dict[
     shutil.copy(ext4 / "smp-copy.img", disk)
     shutil.copytree(ext4 / "smp-copy", folder)
     done = subprocess.run(
-        [sys.executable, HERE / "restored.py", place, snapshot, disk, folder],
+        [sys.executable, "-m", "lab_guest.restored", place, snapshot, disk, folder],
         capture_output=True,
         text=True,
         timeout=150,

@@ -95,7 +95,6 @@ def test_a_port_where_nobody_listens_refuses(guest: Machine) -> None:
 
 def test_a_guest_that_reads_nothing_holds_up_nobody_else(echo: Machine) -> None:
     """Credit: what one stream may have on its way is bounded, and others have their own."""
-
     data = random_bytes(4 << 20, seed=1)
 
     async def main() -> None:

@@ -73,7 +73,7 @@ class Running:
                 while data := _receive(connection, deadline):
                     received += data
         except OSError as error:
-            raise self._failed(f"{error or 'no answer'}", received) from error
+            raise self._failed(str(error) or "no answer", received) from error
         output, _, status = received.decode(errors="replace").rstrip().rpartition("\n")
         if status != "status 0":
             raise self._failed(status or "no status", received)

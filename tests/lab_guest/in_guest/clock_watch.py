@@ -3,8 +3,6 @@
 clock_watch.py SECONDS     prints "steps back: N" and the largest step forward
 """
 
-# ruff: noqa: T201 - what it prints is what the test reads
-
 import sys
 import time
 
