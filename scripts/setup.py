@@ -34,6 +34,12 @@ _TRIPLE = "x86_64-unknown-linux-gnu"
 _RUST = (ROOT / "Cargo.toml", ROOT / "Cargo.lock", ROOT / "native", ROOT / "proto")
 _CONFIGURATION = """\
 # Written by set-up for the demo and the tests: the guest that was built here, a small machine.
+# Both monitors are described, so that the host decides which one runs it.
+[hypervisor.builtin]
+kernel = "{guest}/vmlinux"
+initrd = "{guest}/initrd.img"
+default_memory = 512
+
 [hypervisor.qemu]
 kernel = "{guest}/vmlinux"
 initrd = "{guest}/initrd.img"

@@ -93,6 +93,7 @@ def test_only_the_adapters_touch_the_extension() -> None:
         "agent/client.py",
         "agent/stdio.py",
         "aio/events.py",
+        "hypervisor/builtin.py",
         "hypervisor/probe.py",
         "hypervisor/vsock_backend.py",
         "resource/mount.py",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from guest_console import ConsoleWatch
 from kata_hybrid.aio.process import ProcessReaper
-from kata_hybrid.config.model import Config, QemuConfig
+from kata_hybrid.config.model import Config, HypervisorName, QemuConfig
 from kata_hybrid.hypervisor import qemu_command
 from kata_hybrid.hypervisor.base import MachineConfig
 from kata_hybrid.hypervisor.kernel_params import kernel_params
@@ -67,7 +67,7 @@ async def main(guest_dir: Path, run_dir: Path, qemu: Path, virtiofsd: Path) -> N
             name="share",
             kernel=guest_dir / "vmlinux",
             initrd=guest_dir / "initrd.img",
-            kernel_params=kernel_params(Config()),
+            kernel_params=kernel_params(Config(), HypervisorName.QEMU),
             vcpu_count=1,
             memory_mib=256,
             run_dir=run_dir,

@@ -59,6 +59,7 @@ def test_the_agent_answers_through_our_vsock_back_end(
             name="agent",
             run_dir=run_dir,
             reaper=reaper,
+            events=native,
             vsock_backend=NativeVsockBackendFactory(io, native),
         )
         agent = AgentClient(io, native, timeout_s=10)

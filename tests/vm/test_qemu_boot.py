@@ -11,7 +11,7 @@ import pytest
 from guest_console import ConsoleWatch
 from guest_program import Ending, say
 from kata_hybrid.aio.process import ProcessReaper
-from kata_hybrid.config.model import Config
+from kata_hybrid.config.model import Config, HypervisorName
 from kata_hybrid.errors import InvalidStateError, VmmError
 from kata_hybrid.guest.cpio import character_device, directory, regular_file, write_archive
 from kata_hybrid.hypervisor.base import MachineConfig
@@ -52,7 +52,7 @@ class Machines:
             name="test",
             kernel=kernel or self.kernel,
             initrd=initrd,
-            kernel_params=kernel_params(Config()),
+            kernel_params=kernel_params(Config(), HypervisorName.QEMU),
             vcpu_count=1,
             memory_mib=256,
             run_dir=self.run_dir,
@@ -237,7 +237,7 @@ def test_disks_do_not_keep_a_guest_from_booting(machines: Machines) -> None:
     async def use(machine: QemuHypervisor) -> None:
         first = machine.add_disk(BlockDevice(id="one", path=image, is_read_only=True))
         second = machine.add_disk(BlockDevice(id="two", path=image, is_read_only=True))
-        assert (first, second) == ("08", "09")
+        assert (first.source, second.source) == ("08", "09")
         await machine.start()
         assert (await machine.exited()).reason == "guest-shutdown"
 

@@ -19,7 +19,7 @@ pub(crate) struct Event {
     /// google.rpc status code; 0 is success.
     #[pyo3(get)]
     code: i32,
-    /// Error text, empty on success.
+    /// Error text, empty on success; the line of a log.
     #[pyo3(get)]
     message: String,
     value: Option<Py<PyAny>>,

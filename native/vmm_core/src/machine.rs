@@ -60,7 +60,8 @@ enum Message {
 
 /// Messages for the machine's thread, and the eventfd that wakes it.
 pub(crate) struct Mailbox {
-    messages: Mutex<VecDeque<Message>>,
+    /// Nothing once the thread has read its last: who asks then learns at once that it is gone.
+    messages: Mutex<Option<VecDeque<Message>>>,
     wake: OwnedFd,
 }
 
@@ -68,7 +69,7 @@ impl Mailbox {
     pub(crate) fn new() -> Result<Arc<Self>, Errno> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Arc::new(Self {
-            messages: Mutex::default(),
+            messages: Mutex::new(Some(VecDeque::new())),
             wake,
         }))
     }
@@ -82,12 +83,19 @@ impl Mailbox {
     }
 
     fn post(&self, message: Message) {
-        lock(&self.messages).push_back(message);
+        if let Some(messages) = &mut *lock(&self.messages) {
+            messages.push_back(message);
+        }
         while rustix::io::write(&self.wake, &1u64.to_ne_bytes()) == Err(Errno::INTR) {}
     }
 
     fn take(&self) -> Option<Message> {
-        lock(&self.messages).pop_front()
+        lock(&self.messages).as_mut()?.pop_front()
+    }
+
+    /// Take no more, and give out what is left.
+    fn close(&self) -> VecDeque<Message> {
+        lock(&self.messages).take().unwrap_or_default()
     }
 
     fn clear_wake(&self) {
@@ -301,9 +309,10 @@ impl Machine {
             }
         }
         self.set_state(VmState::Stopped);
+        self.console.close();
         self.events.exited(&exit);
         // Requests that came too late.
-        while let Some(message) = self.mailbox.take() {
+        for message in self.mailbox.close() {
             if let Message::Request(request, reply) = message {
                 let result = match request {
                     Request::Stop => Ok(()),

@@ -205,7 +205,8 @@ impl std::fmt::Debug for Vm {
 }
 
 impl Vm {
-    /// Describe a machine. `console` gets a copy of what the guest prints; it must not block.
+    /// Describe a machine. `console` gets a copy of what the guest prints; it must not block, and
+    /// is closed when the machine is over.
     ///
     /// # Errors
     /// A number is out of range.
@@ -323,6 +324,7 @@ impl Vm {
             }
             Err(error) => {
                 *lock(&self.state) = VmState::Stopped;
+                self.console.close();
                 Err(error)
             }
         }
@@ -364,6 +366,7 @@ impl Vm {
             Stage::Started(running) => running,
             Stage::Created(_) => {
                 *lock(&self.state) = VmState::Stopped;
+                self.console.close();
                 return Ok(());
             }
             Stage::Over => return Ok(()),

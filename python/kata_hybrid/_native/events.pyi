@@ -6,17 +6,20 @@ __all__ = ["Event", "EventPort"]
 
 @final
 class Event:
-    """One completion. Frozen."""
+    """One completion, or a line for a log. Frozen."""
 
     @property
     def token(self) -> int:
-        """The number Python gave the operation; 0 when a part of the I/O thread died (a bug)."""
+        """The number Python gave the operation; 0 when a part of the I/O thread died (a bug).
+
+        A token that Python gave for a log comes with each of its lines.
+        """
     @property
     def code(self) -> int:
         """google.rpc status code; 0 is success."""
     @property
     def message(self) -> str:
-        """Error text, empty on success."""
+        """Error text, empty on success; the line of a log."""
     @property
     def value(self) -> int | bytes | None:
         """The result: reply payload, a file descriptor the receiver now owns, a byte count.
@@ -29,7 +32,8 @@ class EventPort:
     """A queue of events and an eventfd that is readable while the queue is not empty.
 
     At most 64 MiB of reply payloads wait here; a reply past that arrives without its payload,
-    with code RESOURCE_EXHAUSTED. No event is ever dropped.
+    with code RESOURCE_EXHAUSTED. No completion is ever dropped. Lines of logs are, past 256: the
+    last event of such a token has code RESOURCE_EXHAUSTED then, and their number as its value.
     """
 
     def __new__(cls) -> EventPort:

@@ -136,7 +136,7 @@ class NativeEvents:
                 continue
             if (follower := self._followers.get(event.token)) is not None:
                 # Those that found no room come last, as their number.
-                follower(event.message if event.code == 0 else f"[{event.value} lines dropped]")
+                follower(event.message if event.code == 0 else f"[{event.value!r} lines dropped]")
                 continue
             waiter = self._waiters.pop(event.token, None)
             if waiter is None:

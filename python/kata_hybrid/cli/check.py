@@ -4,17 +4,22 @@ import argparse
 import asyncio
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 
 from kata_hybrid.aio.process import ProcessReaper
 from kata_hybrid.cli.output import Output
 from kata_hybrid.config.load import load_config
-from kata_hybrid.config.model import Config
+from kata_hybrid.config.model import Config, HypervisorConfig, HypervisorName
 from kata_hybrid.errors import KataError
 from kata_hybrid.guest.build import bundled_programs
 from kata_hybrid.hypervisor.probe import HostReport, KvmProbe, probe_host, probe_kvm_natively
-from kata_hybrid.hypervisor.selection import Missing, missing_parts, select_hypervisor
+from kata_hybrid.hypervisor.selection import (
+    Missing,
+    choose_monitor,
+    missing_parts,
+    select_hypervisor,
+)
 
 EXIT_OK = 0
 EXIT_MISSING = 1
@@ -81,34 +86,52 @@ def examine(
     config: Config, report: HostReport, *, environment: Mapping[str, str]
 ) -> tuple[Finding, ...]:
     """Turn what was found into lines."""
-    missing = missing_parts(config, report)
-    kvm_state = "ok" if report.kvm.is_usable else "note"
-    found = [
-        Finding(name="kvm", state=kvm_state, detail=report.kvm.reason),
-        _vsock_finding(report),
-    ]
-    if report.qemu is not None:
-        found.append(Finding(name="qemu", state="ok", detail=str(report.qemu)))
-    if report.virtiofsd is not None:
-        detail = f"{report.virtiofsd.path} ({report.virtiofsd.kind.value})"
-        found.append(Finding(name="virtiofsd", state="ok", detail=detail))
-    for name, path in (("guest kernel", config.qemu.kernel), ("guest initrd", config.qemu.initrd)):
-        if path.is_file():
-            found.append(Finding(name=name, state="ok", detail=str(path)))
+    chosen, _reason = choose_monitor(config, report.kvm)
+    missing = missing_parts(config, report, chosen)
+    found = [*_host_findings(report), *_guest_findings(config.hypervisor(chosen))]
     found.extend(_missing_finding(part) for part in missing)
+    for other in HypervisorName:
+        if other is not chosen:
+            parts = missing_parts(config, report, other)
+            found.extend(_unused_finding(part, other) for part in parts if part not in missing)
     found.append(_shim_finding(environment))
-    return tuple(found)
-
-
-def _vsock_finding(report: HostReport) -> Finding:
-    if report.has_kernel_vsock:
-        return Finding(name="vsock", state="ok", detail="/dev/vhost-vsock")
-    return Finding(
-        name="vsock",
-        state="note",
-        detail="no usable /dev/vhost-vsock: our own vhost-user back end is used",
-        remedy="modprobe vhost_vsock",
+    # What is missing says more than what was found of the same thing.
+    names = {finding.name for finding in found if finding.state == "missing"}
+    return tuple(
+        finding for finding in found if finding.state == "missing" or finding.name not in names
     )
+
+
+def _host_findings(report: HostReport) -> Iterator[Finding]:
+    if report.kvm.is_usable:
+        yield Finding(name="kvm", state="ok", detail=report.kvm.reason)
+    if report.has_kernel_vsock:
+        yield Finding(name="vsock", state="ok", detail="/dev/vhost-vsock, for QEMU")
+    else:
+        yield Finding(
+            name="vsock",
+            state="note",
+            detail="no usable /dev/vhost-vsock: for QEMU our own vhost-user back end is used",
+            remedy="modprobe vhost_vsock",
+        )
+    if report.qemu is not None:
+        yield Finding(name="qemu", state="ok", detail=str(report.qemu))
+    if report.virtiofsd is not None:
+        detail = f"{report.virtiofsd.path} ({report.virtiofsd.kind.value}), for QEMU"
+        yield Finding(name="virtiofsd", state="ok", detail=detail)
+
+
+def _guest_findings(hypervisor: HypervisorConfig) -> Iterator[Finding]:
+    for name, path in (("guest kernel", hypervisor.kernel), ("guest initrd", hypervisor.initrd)):
+        if path.is_file():
+            yield Finding(name=name, state="ok", detail=str(path))
+
+
+def _unused_finding(part: Missing, monitor: HypervisorName) -> Finding:
+    """Something that would be missing for another monitor."""
+    missing = _missing_finding(part)
+    detail = f"{missing.detail}: only {monitor.value} needs it"
+    return replace(missing, state="note", detail=detail)
 
 
 def _missing_finding(part: Missing) -> Finding:

@@ -11,6 +11,7 @@ from pathlib import Path
 from kata_hybrid import __version__
 from kata_hybrid.cli.output import Output
 from kata_hybrid.config.load import CONFIG_FILE_VARIABLE, load_config
+from kata_hybrid.config.model import HypervisorName
 from kata_hybrid.errors import InvalidArgumentError
 from kata_hybrid.guest.manifest import MANIFEST_NAME, read_manifest
 

@@ -180,9 +180,7 @@ class BuiltinHypervisor:
     def _launch(self, vm: vmm.Vm) -> None:
         """Open everything and start. On a thread of its own."""
         settings = self._settings
-        vm.add_vsock(
-            socket_path=free_hybrid_path(self._machine.run_dir), guest_cid=USER_GUEST_CID
-        )
+        vm.add_vsock(socket_path=free_hybrid_path(self._machine.run_dir), guest_cid=USER_GUEST_CID)
         vm.add_rng()
         if settings.reclaims_freed_memory:
             vm.add_balloon(reports_free_pages=True)

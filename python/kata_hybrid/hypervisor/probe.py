@@ -1,8 +1,9 @@
 """What this host can do for a machine, found out once per boot and kept in the run root.
 
 Looking for files is cheap and always done. What needs a guest or a child process to find out (does
-KVM run a real kernel, whose virtiofsd is it) is remembered in ``host.json``, keyed by the boot and
-by the files it was found with. A damaged or foreign cache is ignored.
+KVM run a real kernel, whose virtiofsd is it) is asked when it matters and remembered in
+``host.json``, keyed by the boot and by the files it was found with. A damaged or foreign cache is
+ignored.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
+from kata_hybrid.aio.blocking import call_in_thread
 from kata_hybrid.aio.process import ProcessReaper
 from kata_hybrid.config.model import QemuConfig
 from kata_hybrid.errors import VmmError
@@ -33,7 +35,8 @@ VIRTIOFSD_PATHS = (
 )
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _VERSION_TIMEOUT_S = 10.0
-_CACHE_SCHEMA = 1
+_KVM_TIMEOUT_S = 10.0
+_CACHE_SCHEMA = 2
 _MAX_CACHE_BYTES = 64 << 10
 
 
@@ -62,7 +65,7 @@ class VirtiofsdFinding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostReport:
-    """Everything a choice of hypervisor depends on. None means: not found."""
+    """Everything a choice of hypervisor depends on. None means: not found, or not asked for."""
 
     kvm: KvmFinding
     qemu: Path | None
@@ -83,42 +86,50 @@ def probe_kvm_natively() -> KvmFinding:
     return KvmFinding(is_usable=found.is_usable, reason=found.reason)
 
 
+def _always(_kvm: KvmFinding) -> bool:
+    return True
+
+
 async def probe_host(
     config: QemuConfig,
     *,
     reaper: ProcessReaper,
     run_root: Path | None,
     probe_kvm: KvmProbe = probe_kvm_natively,
+    needs_virtiofsd: Callable[[KvmFinding], bool] = _always,
 ) -> HostReport:
     """Find out what this host can do. ``run_root`` holds the cache; None asks everything anew.
 
+    Where ``needs_virtiofsd`` says no, nobody looks for one.
+
     Raises:
-        VmmError: a virtiofsd is there but does not say its version.
+        VmmError: a virtiofsd is there but does not say its version, or KVM does not answer.
     """
-    qemu = find_qemu(config)
-    virtiofsd_path = find_virtiofsd(config)
-    key = _cache_key(virtiofsd_path)
-    cached = None if run_root is None else _read_cache(run_root / CACHE_NAME, key=key)
-    if cached is None:
-        kvm = await asyncio.to_thread(probe_kvm)
-        kind = (
-            None if virtiofsd_path is None else await _virtiofsd_kind(virtiofsd_path, reaper=reaper)
-        )
-        if run_root is not None:
-            _write_cache(run_root / CACHE_NAME, key=key, kvm=kvm, kind=kind)
-    else:
-        kvm, kind = cached
+    cache = _Findings() if run_root is None else _read_cache(run_root / CACHE_NAME)
+    kvm = cache.kvm or await _ask_kvm(probe_kvm)
+    path = find_virtiofsd(config) if needs_virtiofsd(kvm) else None
+    virtiofsd = None if path is None else cache.virtiofsd_at(path)
+    if path is not None and virtiofsd is None:
+        kind = await _virtiofsd_kind(path, reaper=reaper)
+        virtiofsd = VirtiofsdFinding(path=path, kind=kind)
+    found = _Findings(kvm=kvm, virtiofsd=virtiofsd or cache.virtiofsd)
+    if run_root is not None and found != cache:
+        _write_cache(run_root / CACHE_NAME, found)
     return HostReport(
         kvm=kvm,
-        qemu=qemu,
-        virtiofsd=(
-            None
-            if virtiofsd_path is None or kind is None
-            else VirtiofsdFinding(path=virtiofsd_path, kind=kind)
-        ),
+        qemu=find_qemu(config),
+        virtiofsd=virtiofsd,
         has_kernel_vsock=_is_usable_device(VHOST_VSOCK_DEVICE),
-        is_from_cache=cached is not None,
+        is_from_cache=cache.kvm is not None,
     )
+
+
+async def _ask_kvm(probe_kvm: KvmProbe) -> KvmFinding:
+    try:
+        return await call_in_thread(probe_kvm, name="probe", timeout_s=_KVM_TIMEOUT_S)
+    except TimeoutError as error:
+        operation = "run a test guest under KVM"
+        raise VmmError(operation, f"not over after {_KVM_TIMEOUT_S:g} s") from error
 
 
 def find_qemu(config: QemuConfig) -> Path | None:
@@ -182,12 +193,24 @@ def virtiofsd_kind(version: str, *, path: Path) -> VirtiofsdKind:
     raise VmmError(msg, f"it is no virtiofsd: {version[:200]!r}")
 
 
-def _cache_key(virtiofsd: Path | None) -> dict[str, object]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Findings:
+    """What the cache holds. None: not asked yet."""
+
+    kvm: KvmFinding | None = None
+    virtiofsd: VirtiofsdFinding | None = None
+
+    def virtiofsd_at(self, path: Path) -> VirtiofsdFinding | None:
+        """Return the finding if it is of this program."""
+        found = self.virtiofsd
+        return found if found is not None and found.path == path else None
+
+
+def _cache_key() -> dict[str, object]:
     return {
         "schema": _CACHE_SCHEMA,
         "boot_id": _BOOT_ID.read_text().strip(),
         "kvm": _fingerprint(KVM_DEVICE),
-        "virtiofsd": None if virtiofsd is None else _fingerprint(virtiofsd),
     }
 
 
@@ -202,30 +225,41 @@ def _fingerprint(path: Path) -> list[object] | None:
     return [str(path), status.st_ino, status.st_size, changing, os.access(path, os.R_OK)]
 
 
-def _read_cache(
-    path: Path, *, key: dict[str, object]
-) -> tuple[KvmFinding, VirtiofsdKind | None] | None:
+def _read_cache(path: Path) -> _Findings:
     try:
         with path.open("rb") as file:
             document = json.loads(file.read(_MAX_CACHE_BYTES))
-        if document["key"] != key:
-            return None
+        if document["key"] != _cache_key():
+            return _Findings()
         kvm = KvmFinding(
             is_usable=document["kvm"]["is_usable"] is True, reason=str(document["kvm"]["reason"])
         )
-        kind = document["virtiofsd_kind"]
-        return kvm, None if kind is None else VirtiofsdKind(kind)
+        return _Findings(kvm=kvm, virtiofsd=_cached_virtiofsd(document["virtiofsd"]))
     except (OSError, ValueError, KeyError, TypeError):
+        return _Findings()
+
+
+def _cached_virtiofsd(entry: dict[str, object] | None) -> VirtiofsdFinding | None:
+    if entry is None:
         return None
+    path = Path(str(entry["path"]))
+    if entry["fingerprint"] != _fingerprint(path):
+        return None
+    return VirtiofsdFinding(path=path, kind=VirtiofsdKind(entry["kind"]))
 
 
-def _write_cache(
-    path: Path, *, key: dict[str, object], kvm: KvmFinding, kind: VirtiofsdKind | None
-) -> None:
+def _write_cache(path: Path, found: _Findings) -> None:
+    virtiofsd = found.virtiofsd
     document = {
-        "key": key,
-        "kvm": asdict(kvm),
-        "virtiofsd_kind": None if kind is None else kind.value,
+        "key": _cache_key(),
+        "kvm": None if found.kvm is None else asdict(found.kvm),
+        "virtiofsd": None
+        if virtiofsd is None
+        else {
+            "path": str(virtiofsd.path),
+            "fingerprint": _fingerprint(virtiofsd.path),
+            "kind": virtiofsd.kind.value,
+        },
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

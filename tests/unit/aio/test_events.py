@@ -63,34 +63,52 @@ async def test_closing_tells_whoever_waits() -> None:
 
 
 @dataclass(frozen=True)
-class FatalEvent:
-    """What the native side queues when its thread panics."""
+class FakeEvent:
+    """What the native side queues."""
 
-    token: int = 0
-    code: int = 13
-    message: str = "panicked"
-    value: None = None
+    token: int
+    code: int = 0
+    message: str = ""
+    value: int | None = None
 
 
-class PanickedPort:
-    """A port whose only news is that its thread is dead."""
+class FakePort:
+    """A port with news that a test wrote."""
 
-    def __init__(self) -> None:
+    def __init__(self, *news: FakeEvent) -> None:
         self._fd = os.eventfd(1)
+        self._news = news
 
     def fileno(self) -> int:
         return self._fd
 
-    def drain(self) -> list[FatalEvent]:
+    def drain(self) -> list[FakeEvent]:
         os.eventfd_read(self._fd)
-        return [FatalEvent()]
+        news, self._news = self._news, ()
+        return list(news)
 
 
 @on_loop
 async def test_a_panicked_thread_fails_everything_under_way() -> None:
-    port = PanickedPort()
+    port = FakePort(FakeEvent(token=0, code=13, message="panicked"))
     native = NativeEvents(port)  # type: ignore[arg-type]
     _, future = native.expect()
     async with asyncio.timeout(TIMEOUT_S):
         with pytest.raises(InternalError, match="panicked"):
             await future
+
+
+@on_loop
+async def test_a_token_for_a_log_gets_any_number_of_lines_and_those_dropped_as_a_number() -> None:
+    port = FakePort(
+        FakeEvent(token=1, message="one"),
+        FakeEvent(token=1, message="two"),
+        FakeEvent(token=1, code=8, message="lines were dropped", value=3),
+    )
+    native = NativeEvents(port)  # type: ignore[arg-type]
+    lines: list[str] = []
+    assert native.follow(lines.append) == 1
+    native.close()
+    assert lines == ["one", "two", "[3 lines dropped]"]
+    with pytest.raises(UnavailableError):
+        native.follow(lines.append)

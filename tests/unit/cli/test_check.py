@@ -7,7 +7,7 @@ import pytest
 
 from kata_hybrid.cli.check import EXIT_MISSING, EXIT_OK, show
 from kata_hybrid.cli.output import Output
-from kata_hybrid.config.model import Config, QemuConfig
+from kata_hybrid.config.model import BuiltinConfig, Config, HypervisorName, QemuConfig
 from kata_hybrid.hypervisor.probe import HostReport, KvmFinding, VirtiofsdFinding, VirtiofsdKind
 
 REPORT = HostReport(
@@ -23,7 +23,11 @@ REPORT = HostReport(
 def config(tmp_path: Path) -> Config:
     for name in ("vmlinux", "initrd.img"):
         (tmp_path / name).touch()
-    return Config(qemu=QemuConfig(kernel=tmp_path / "vmlinux", initrd=tmp_path / "initrd.img"))
+    kernel, initrd = tmp_path / "vmlinux", tmp_path / "initrd.img"
+    return Config(
+        builtin=BuiltinConfig(kernel=kernel, initrd=initrd),
+        qemu=QemuConfig(kernel=kernel, initrd=initrd),
+    )
 
 
 def check(config: Config, report: HostReport, *, is_json: bool = False) -> tuple[int, str]:
@@ -81,3 +85,33 @@ def test_a_configured_kvm_that_does_not_work_is_not_ready(config: Config) -> Non
 
 def test_a_shim_that_containerd_will_not_find_is_a_note(config: Config) -> None:
     assert "containerd-shim-kata-hybrid-v2 is not on PATH" in check(config, REPORT)[1]
+
+
+GOOD = replace(REPORT, kvm=KvmFinding(is_usable=True, reason="a test guest ran"))
+
+
+def test_where_kvm_works_nothing_else_is_needed(config: Config) -> None:
+    status, text = check(config, replace(GOOD, qemu=None, virtiofsd=None))
+    assert status == EXIT_OK
+    assert "builtin (kvm) would be used: KVM is usable" in text
+    assert "note     qemu" in text
+    assert "only qemu needs it" in text
+
+
+def test_where_kvm_does_not_work_the_builtin_monitors_need_is_a_note(config: Config) -> None:
+    status, text = check(config, REPORT)
+    assert status == EXIT_OK
+    assert "note     kvm" in text
+    assert "only builtin needs it" in text
+
+
+def test_a_configured_builtin_monitor_misses_kvm(config: Config) -> None:
+    forced = replace(
+        config, runtime=replace(config.runtime, hypervisor_name=HypervisorName.BUILTIN)
+    )
+    status, text = check(forced, REPORT, is_json=True)
+    document = json.loads(text)
+    states = [(finding["name"], finding["state"]) for finding in document["findings"]]
+    assert status == EXIT_MISSING
+    assert ("kvm", "missing") in states
+    assert [name for name, _ in states].count("kvm") == 1

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from kata_hybrid.config.keys import TABLES
 from kata_hybrid.config.load import CONFIG_FILE_VARIABLE, find_config, load_config, read_config
-from kata_hybrid.config.model import Config, LogLevel, QemuConfig, FolderCache
+from kata_hybrid.config.model import BuiltinConfig, Config, HypervisorName, LogLevel, QemuConfig
 from kata_hybrid.errors import InvalidConfigError
+from kata_hybrid.types import FolderCache
 
 FULL = """
 [hypervisor.qemu]
@@ -275,3 +276,43 @@ def test_the_environment_comes_before_the_option_before_the_defaults(tmp_path: P
 
 def test_without_any_file_the_defaults_are_in_force() -> None:
     assert load_config(environment={}, default_paths=()) == Config()
+
+
+def test_katas_name_of_the_monitor_in_the_runtimes_process_is_ours(tmp_path: Path) -> None:
+    config = read_config(
+        write(
+            tmp_path / "c.toml",
+            "[hypervisor.dragonball]\ndefault_memory = 300\nshared_fs = 'inline-virtio-fs'\n"
+            "[runtime]\nhypervisor_name = 'dragonball'\n",
+        )
+    )
+    assert config.runtime.hypervisor_name is HypervisorName.BUILTIN
+    assert config.builtin.memory_mib == 300
+
+
+def test_a_wrong_key_is_named_as_the_file_spells_its_table(tmp_path: Path) -> None:
+    text = refused(tmp_path, "[hypervisor.dragonball]\ndefault_vcpu = 2\n")
+    assert "hypervisor.dragonball.default_vcpu = 2" in text
+
+
+@pytest.mark.parametrize("name", HypervisorName)
+def test_whoever_describes_one_monitor_means_that_one(tmp_path: Path, name: HypervisorName) -> None:
+    path = write(tmp_path / "c.toml", f"[hypervisor.{name.value}]\ndefault_memory = 300\n")
+    assert read_config(path).runtime.hypervisor_name is name
+
+
+def test_whoever_describes_both_monitors_leaves_the_choice(tmp_path: Path) -> None:
+    text = "[hypervisor.builtin]\ndefault_memory = 300\n[hypervisor.qemu]\ndefault_memory = 300\n"
+    assert read_config(write(tmp_path / "c.toml", text)).runtime.hypervisor_name is None
+
+
+def test_a_monitor_that_is_named_wins_over_the_one_described(tmp_path: Path) -> None:
+    text = "[hypervisor.qemu]\ndefault_memory = 300\n[runtime]\nhypervisor_name = 'builtin'\n"
+    config = read_config(write(tmp_path / "c.toml", text))
+    assert config.runtime.hypervisor_name is HypervisorName.BUILTIN
+
+
+def test_the_builtin_monitor_has_fewer_processors_than_a_large_host() -> None:
+    assert Config().builtin.vcpu_count(host_cpu_count=64) == 1
+    config = BuiltinConfig(default_vcpus=-1)
+    assert config.vcpu_count(host_cpu_count=64) == 32

@@ -38,11 +38,19 @@ def make_daemon(path: Path, version: str) -> QemuConfig:
     return QemuConfig(virtio_fs_daemon=path)
 
 
-def probe(config: QemuConfig, kvm: CountingProbe, root: Path | None) -> HostReport:
+def probe(
+    config: QemuConfig, kvm: CountingProbe, root: Path | None, *, needs_virtiofsd: bool = True
+) -> HostReport:
     async def run() -> HostReport:
         reaper = ProcessReaper()
         try:
-            return await probe_host(config, reaper=reaper, run_root=root, probe_kvm=kvm)
+            return await probe_host(
+                config,
+                reaper=reaper,
+                run_root=root,
+                probe_kvm=kvm,
+                needs_virtiofsd=lambda _kvm: needs_virtiofsd,
+            )
         finally:
             reaper.close()
 
@@ -62,13 +70,34 @@ def test_a_second_probe_of_the_same_boot_runs_nothing(tmp_path: Path) -> None:
     assert second.virtiofsd.kind is VirtiofsdKind.C
 
 
-def test_another_daemon_makes_the_cache_void(tmp_path: Path) -> None:
+def test_another_daemon_is_asked_and_kvm_is_not(tmp_path: Path) -> None:
     kvm = CountingProbe()
     probe(make_daemon(tmp_path / "virtiofsd", C_VERSION), kvm, tmp_path)
     report = probe(make_daemon(tmp_path / "other", RUST_VERSION), kvm, tmp_path)
-    assert kvm.calls == 2
+    assert kvm.calls == 1
     assert report.virtiofsd is not None
     assert report.virtiofsd.kind is VirtiofsdKind.RUST
+
+
+def test_a_daemon_that_was_replaced_is_asked_again(tmp_path: Path) -> None:
+    kvm = CountingProbe()
+    probe(make_daemon(tmp_path / "virtiofsd", C_VERSION), kvm, tmp_path)
+    report = probe(make_daemon(tmp_path / "virtiofsd", RUST_VERSION), kvm, tmp_path)
+    assert report.virtiofsd is not None
+    assert report.virtiofsd.kind is VirtiofsdKind.RUST
+
+
+def test_a_daemon_nobody_needs_is_not_asked_and_not_forgotten(tmp_path: Path) -> None:
+    kvm = CountingProbe()
+    config = make_daemon(tmp_path / "virtiofsd", "no virtiofsd at all\n")
+    assert probe(config, kvm, tmp_path, needs_virtiofsd=False).virtiofsd is None
+    config = make_daemon(tmp_path / "virtiofsd", C_VERSION)
+    probe(config, kvm, tmp_path)
+    probe(config, kvm, tmp_path, needs_virtiofsd=False)
+    assert probe(config, kvm, tmp_path).virtiofsd is not None
+    document = json.loads((tmp_path / CACHE_NAME).read_text())
+    assert document["virtiofsd"]["kind"] == "c"
+    assert kvm.calls == 1
 
 
 def test_another_boot_makes_the_cache_void(tmp_path: Path) -> None:

@@ -7,17 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kata_hybrid.errors import InvalidArgumentError, ResourceExhaustedError
-from kata_hybrid.hypervisor.base import MachineConfig
+from kata_hybrid.hypervisor.base import MachineConfig, check_serial
 from kata_hybrid.hypervisor.qemu_command import (
     Accelerator,
-    KernelVsock,
     QemuMachine,
-    UserVsock,
     build_command,
-    check_serial,
     disk_pci_path,
     option,
 )
+from kata_hybrid.hypervisor.vsock import KernelVsock, UserVsock
 from kata_hybrid.types import BlockDevice, VhostUserFs
 
 MACHINE = QemuMachine(

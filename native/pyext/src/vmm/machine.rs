@@ -215,8 +215,10 @@ impl Vm {
     }
 
     fn launched(&self, result: Result<(), VmError>) -> Result<(), VmError> {
-        // Refused because it runs already: then its end is still to come.
-        if result.is_err() && self.vm.state() == VmState::Stopped {
+        // Refused in its present state: then the end of what was launched before is still to come.
+        if let Err(error) = &result
+            && !matches!(error, VmError::State { .. })
+        {
             self.reports.never_ran("the machine did not start");
         }
         result

@@ -34,7 +34,7 @@ struct Output {
 #[derive(Debug)]
 pub struct Console {
     output: Mutex<Output>,
-    sink: Option<OwnedFd>,
+    sink: Mutex<Option<OwnedFd>>,
     bytes: AtomicU64,
     dropped_bytes: AtomicU64,
 }
@@ -55,7 +55,7 @@ impl Console {
                 line: Vec::with_capacity(MAX_LINE_LEN),
                 panic_line: None,
             }),
-            sink,
+            sink: Mutex::new(sink),
             bytes: AtomicU64::new(0),
             dropped_bytes: AtomicU64::new(0),
         })
@@ -66,11 +66,21 @@ impl Console {
         self.output.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn sink(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.sink.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Pass nothing on any more: whoever reads the descriptor's other end sees the end.
+    pub fn close(&self) {
+        *self.sink() = None;
+    }
+
     /// The guest wrote `bytes`.
     pub fn write(&self, bytes: &[u8]) {
         self.output().add(bytes);
         self.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        let Some(sink) = &self.sink else {
+        let sink = self.sink();
+        let Some(sink) = &*sink else {
             return;
         };
         let written = rustix::io::retry_on_intr(|| rustix::io::write(sink, bytes));
@@ -217,5 +227,19 @@ mod tests {
         console.write(b"nobody");
         assert_eq!(console.dropped_bytes(), 6);
         assert_eq!(console.tail(), b"nobody");
+    }
+
+    #[test]
+    fn a_closed_console_tells_its_reader_and_keeps_its_tail() {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let console = Console::new(Some(writer)).unwrap();
+        console.write(b"last");
+        console.close();
+        console.write(b" words");
+        let mut bytes = [0; 16];
+        assert_eq!(rustix::io::read(&reader, &mut bytes).unwrap(), 4);
+        assert_eq!(rustix::io::read(&reader, &mut bytes).unwrap(), 0);
+        assert_eq!(console.tail(), b"last words");
+        assert_eq!(console.dropped_bytes(), 0);
     }
 }

@@ -19,9 +19,17 @@ from kata_hybrid.config.load import load_config
 from kata_hybrid.config.model import Config
 from kata_hybrid.errors import UnimplementedError
 from kata_hybrid.hypervisor.probe import HostReport, probe_host
-from kata_hybrid.hypervisor.selection import new_hypervisor, select_hypervisor
+from kata_hybrid.hypervisor.selection import (
+    BuiltinChoice,
+    QemuChoice,
+    Selection,
+    needs_virtiofsd,
+    new_hypervisor,
+    select_hypervisor,
+)
 from kata_hybrid.hypervisor.vsock_backend import NativeVsockBackendFactory
-from kata_hybrid.resource.share_fs.base import SharedFolder
+from kata_hybrid.resource.share_fs.base import SharedFolder, ShareFs
+from kata_hybrid.resource.share_fs.inprocess import InProcessShare
 from kata_hybrid.resource.share_fs.virtiofsd import VirtiofsdShare, virtiofsd_settings
 from kata_hybrid.runtimes.base import CreateRequest
 from kata_hybrid.runtimes.virt.guest import VirtGuest
@@ -68,15 +76,15 @@ class VirtGuestFactory:
             logging.getLogger().setLevel(config.runtime.logging_level)
         # The cache of findings lies in the run root, two folders above a sandbox's own.
         report = await probe_host(
-            config.qemu, reaper=self._reaper, run_root=self._run_dir.parent.parent
+            config.qemu,
+            reaper=self._reaper,
+            run_root=self._run_dir.parent.parent,
+            needs_virtiofsd=lambda kvm: needs_virtiofsd(config, kvm),
         )
         return self._assemble(config, report)
 
     def _assemble(self, config: Config, report: HostReport) -> VirtGuest:
         selection = select_hypervisor(config, report)
-        if report.virtiofsd is None:
-            message = "select_hypervisor lets no host without virtiofsd pass"
-            raise AssertionError(message)
         _log.info("hypervisor", extra={"hypervisor": selection.name, "reason": selection.reason})
         shared = self._run_dir / SHARED_FOLDER
         shared.mkdir(mode=0o700, exist_ok=True)
@@ -93,16 +101,24 @@ class VirtGuestFactory:
                 name=self._sandbox_id,
                 run_dir=self._run_dir,
                 reaper=self._reaper,
+                events=events,
                 vsock_backend=NativeVsockBackendFactory(io, events),
             ),
-            share_fs=VirtiofsdShare(
-                SharedFolder(host_path=shared),
-                run_dir=self._run_dir,
-                settings=virtiofsd_settings(config.qemu, report.virtiofsd),
-                reaper=self._reaper,
-            ),
+            share_fs=self._share(config, selection, SharedFolder(host_path=shared)),
             agent=AgentClient(io, events, timeout_s=config.agent.request_timeout_s),
             config=config.agent,
             is_seccomp_disabled=config.runtime.disable_guest_seccomp,
             resources=resources,
         )
+
+    def _share(self, config: Config, selection: Selection, folder: SharedFolder) -> ShareFs:
+        match selection.choice:
+            case BuiltinChoice():
+                return InProcessShare(folder, cache=config.builtin.virtio_fs_cache)
+            case QemuChoice(virtiofsd=found):
+                return VirtiofsdShare(
+                    folder,
+                    run_dir=self._run_dir,
+                    settings=virtiofsd_settings(config.qemu, found),
+                    reaper=self._reaper,
+                )

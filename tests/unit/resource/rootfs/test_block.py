@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from kata_hybrid.resource.rootfs.block import BlockRootfs, is_block_rootfs
-from kata_hybrid.types import BlockDevice, GuestStorage, Mount
+from kata_hybrid.types import BlockDevice, GuestDisk, GuestStorage, Mount
 
 ROOT = "/run/kata-containers/shared/containers/passthrough/c1/rootfs"
 
@@ -56,7 +56,7 @@ def test_the_agent_mounts_the_disk_where_it_was_attached() -> None:
     entry = Mount(type="ext4", source="/image", options=("loop", "rw", "noatime"))
     rootfs = BlockRootfs(entry, name="c1", serial="rootfs")
     assert list(rootfs.storages) == []
-    rootfs.attached("02/03")
+    rootfs.attached(GuestDisk(driver="blk", source="02/03"))
     assert rootfs.storages == (
         GuestStorage(
             driver="blk", source="02/03", fstype="ext4", options=("noatime",), mount_point=ROOT
@@ -67,8 +67,10 @@ def test_the_agent_mounts_the_disk_where_it_was_attached() -> None:
 
 def test_xfs_is_mounted_though_its_uuid_may_be_known() -> None:
     rootfs = BlockRootfs(Mount(type="xfs", source="/image"), name="c1", serial="rootfs")
-    rootfs.attached("02")
-    assert rootfs.storages[0].options == ("nouuid",)
+    rootfs.attached(GuestDisk(driver="mmioblk", source="/dev/vda"))
+    (storage,) = rootfs.storages
+    assert (storage.driver, storage.source) == ("mmioblk", "/dev/vda")
+    assert storage.options == ("nouuid",)
 
 
 def test_release_repeats() -> None:

@@ -17,6 +17,7 @@ from kata_hybrid.resource.share_fs.virtiofsd import (
     build_arguments,
     virtiofsd_settings,
 )
+from kata_hybrid.types import FolderCache
 from open_descriptors import is_alive, open_descriptors
 
 DEADLINE_S = 20.0

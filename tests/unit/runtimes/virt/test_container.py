@@ -22,6 +22,7 @@ from kata_hybrid.types import (
     BlockDevice,
     ContainerId,
     ExecId,
+    GuestDisk,
     GuestStorage,
     JsonObject,
     Mount,
@@ -67,9 +68,9 @@ class AskedGuest(FakeGuest):
         super().__init__(agent, folder=folder)
         self.disks: list[BlockDevice] = []
 
-    def add_disk(self, disk: BlockDevice) -> str:
+    def add_disk(self, disk: BlockDevice) -> GuestDisk:
         self.disks.append(disk)
-        return "02"
+        return GuestDisk(driver="blk", source="02")
 
 
 class World:

@@ -21,6 +21,8 @@ from kata_hybrid.runtimes.virt.guest import VirtGuest
 from kata_hybrid.testing.fake_agent import FakeAgent
 from kata_hybrid.types import (
     BlockDevice,
+    FolderDevice,
+    GuestDisk,
     GuestStorage,
     ProcessIdentity,
     SandboxId,
@@ -45,11 +47,11 @@ class Machine:
         self.failures: dict[str, KataError] = {}
         self.end: asyncio.Future[VmExit] = asyncio.get_running_loop().create_future()
 
-    def add_shared_folder(self, folder: VhostUserFs) -> None:
+    def add_shared_folder(self, folder: FolderDevice) -> None:
         self.steps.append(f"add {folder.tag}")
 
-    def add_disk(self, disk: BlockDevice) -> str:
-        return disk.id
+    def add_disk(self, disk: BlockDevice) -> GuestDisk:
+        return GuestDisk(driver="blk", source=disk.id)
 
     async def start(self) -> None:
         self._step("start machine")
@@ -210,7 +212,7 @@ async def test_disks_are_added_before_it_starts() -> None:
     world = World()
     assert world.guest.can_add_disk
     disk = BlockDevice(id="rootfs", path=Path("/image"), is_read_only=True)
-    assert world.guest.add_disk(disk) == "rootfs"
+    assert world.guest.add_disk(disk).source == "rootfs"
     await world.start()
     assert not world.guest.can_add_disk
     await world.guest.stop()
