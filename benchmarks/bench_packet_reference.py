@@ -1,4 +1,4 @@
-"""The Cython side of ``native/virtio_core/benches/vsock_packet.rs``: the same items, the same sizes.
+"""The Cython side of ``virtio_core/benches/vsock_packet.rs``: the same items, the same sizes.
 
 - ``vsock_packet_parse``: one item is one 44-byte header, decoded from a contiguous buffer and
   judged by the device's rules (addresses, type, operation, length). 256 headers a call.

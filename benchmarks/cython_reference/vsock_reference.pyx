@@ -9,8 +9,9 @@ index taken from it is checked before use.
 
 A broken chain is given back whole, none of it used. A chain is broken when an index leaves its
 table, an indirect table is not all memory, is nested, followed by another descriptor, misshapen,
-empty or too large, the chain outgrows its table, its length passes 2**32 - 1, a buffer is not all
-memory, or one to read follows one to write. Descriptors of no bytes carry no buffer.
+empty or too large, the chain outgrows its table (or 1024 descriptors, should the queue be shorter
+than that), its length passes 2**32 - 1, a buffer is not all memory, or one to read follows one to
+write. Descriptors of no bytes carry no buffer.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -19,6 +20,7 @@ cdef enum:
     HEADER_SIZE = 44
     MAX_PAYLOAD = 65536
     DESCRIPTOR_SIZE = 16
+    MAX_CHAIN = 1024
     F_NEXT = 1
     F_WRITE = 2
     F_INDIRECT = 4
@@ -123,6 +125,7 @@ cdef struct Cursor:
     uint32_t table_size
     uint32_t index
     uint32_t left
+    uint32_t limit
     uint64_t total
     bint is_indirect
     bint is_writing
@@ -169,7 +172,7 @@ cdef inline int advance(const uint8_t* memory, uint64_t size, Cursor* cursor, St
             cursor.table = step.address
             cursor.table_size = step.length // DESCRIPTOR_SIZE
             cursor.index = 0
-            cursor.left = cursor.table_size
+            cursor.left = min(cursor.table_size, cursor.limit)
             cursor.is_indirect = True
             continue
         if flags & F_NEXT:
@@ -194,6 +197,7 @@ cdef inline Cursor start(uint64_t table, uint32_t queue_size, uint32_t head) noe
     cursor.table_size = queue_size
     cursor.index = head
     cursor.left = queue_size
+    cursor.limit = max(queue_size, <uint32_t>MAX_CHAIN)
     cursor.total = 0
     cursor.is_indirect = False
     cursor.is_writing = False

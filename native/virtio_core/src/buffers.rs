@@ -95,9 +95,12 @@ impl GuestBuffers {
         }
     }
 
-    /// As `push`, over as many mappings as it takes.
+    /// As `push`, over as many mappings as it takes. `len` is not 0.
     #[cold]
     fn push_pieces(&mut self, address: u64, len: usize) -> bool {
+        if address.checked_add(len as u64 - 1).is_none() {
+            return false;
+        }
         let before = self.ranges.len();
         let (mut address, mut rest) = (address, len);
         while rest > 0 {
@@ -107,7 +110,7 @@ impl GuestBuffers {
             };
             self.ranges.push(range);
             rest -= range.len;
-            // Past the last address only when nothing is left, or when nothing follows.
+            // Wraps only when nothing is left.
             address = address.wrapping_add(range.len as u64);
         }
         self.len += len;
@@ -312,6 +315,39 @@ impl GuestBuffers {
             // reference points into, so the kernel may write them.
             unsafe { libc::readv(fd.as_raw_fd(), iovecs.entries.as_ptr(), iovecs.count_c()) }
         })
+    }
+
+    /// Take one packet from a descriptor that gives packets: into `parts`, in order, and what has
+    /// no room there into `overflow`. Gives the packet's length, and how much room `parts` had:
+    /// only their first [`MAX_RANGES_PER_CALL`] ranges are used.
+    ///
+    /// # Errors
+    /// As readv(2).
+    pub fn receive_packet<'a>(
+        parts: impl IntoIterator<Item = &'a Self>,
+        overflow: &mut [u8],
+        fd: BorrowedFd<'_>,
+    ) -> io::Result<(usize, usize)> {
+        let overflow = libc::iovec {
+            iov_base: overflow.as_mut_ptr().cast(),
+            iov_len: overflow.len(),
+        };
+        let mut entries = [overflow; MAX_RANGES_PER_CALL + 1];
+        let ranges = parts.into_iter().flat_map(|part| &part.ranges);
+        let (mut room, mut count) = (0, 1);
+        // The last entry stays the overflow's, wherever the guest's ranges end.
+        for (entry, range) in entries.iter_mut().zip(ranges.take(MAX_RANGES_PER_CALL)) {
+            *entry = libc::iovec {
+                iov_base: range.base.cast(),
+                iov_len: range.len,
+            };
+            room += range.len;
+            count += 1;
+        }
+        // SAFETY: at most 65 valid entries: ranges of mappings that the parts keep and that no Rust
+        // reference points into, then a slice that is ours alone until this returns.
+        let len = retry(|| unsafe { libc::readv(fd.as_raw_fd(), entries.as_ptr(), count) })?;
+        Ok((len, room))
     }
 
     /// Write bytes from `offset` on to a descriptor that has no position, in one call.

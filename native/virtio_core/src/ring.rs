@@ -372,12 +372,31 @@ impl Ring {
     /// to be told is asked once per batch, by [`Ring::needs_signal`].
     #[inline]
     pub fn complete(&mut self, head: u16, len: u32) {
+        self.put_used(head, len);
+        self.publish_used();
+    }
+
+    /// Give several requests back at once: the driver sees all of them or none, as it has to where
+    /// the first says how many belong together.
+    pub fn complete_all(&mut self, requests: impl IntoIterator<Item = (u16, u32)>) {
+        for (head, len) in requests {
+            self.put_used(head, len);
+        }
+        self.publish_used();
+    }
+
+    #[inline]
+    fn put_used(&mut self, head: u16, len: u32) {
         let slot = usize::from(index::slot(self.state.next_used, self.state.size));
         let entry = RING_HEADER_SIZE + slot * USED_ENTRY_SIZE;
         self.used.store_u32(entry, u32::from(head));
         self.used.store_u32(entry + 4, len);
         self.state.next_used = self.state.next_used.wrapping_add(1);
         self.unsignalled = self.unsignalled.saturating_add(1);
+    }
+
+    #[inline]
+    fn publish_used(&mut self) {
         // Release: the driver that sees the index sees the entry, and the data before it.
         self.used
             .store(INDEX_OFFSET, self.state.next_used, Ordering::Release);
@@ -431,3 +450,11 @@ impl Ring {
 #[cfg(test)]
 #[path = "ring_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "ring_model_tests.rs"]
+mod model_tests;
+
+#[cfg(test)]
+#[path = "ring_race_tests.rs"]
+mod race_tests;

@@ -290,9 +290,8 @@ fn a_chain_has_less_than_4_gib() {
     driver.add(&[gib, gib, gib, rest]);
     assert!(ring.pop(&mut chain).unwrap());
     assert_eq!(chain.readable.len() + chain.writable.len(), 0xffff_ffff);
-    let mut too_much = vec![gib, gib, gib, rest];
-    too_much.push(MockBuffer::writable(0x4000_0000, 1));
-    driver.add(&too_much);
+    let one = MockBuffer::writable(0x4000_0000, 1);
+    driver.add(&[gib, gib, gib, rest, one]);
     assert!(!ring.pop(&mut chain).unwrap());
     assert_eq!(ring.malformed(), (1, Some(ChainError::TooLarge)));
 }
@@ -582,7 +581,7 @@ fn the_largest_ring_may_be_full_across_the_wrap() {
     let mut ring = driver.ring(true).unwrap();
     let mut chain = Chain::new(&ram);
     driver.put_descriptor(7, 0xf_0000, 1, 0, 0);
-    let heads = vec![7u8, 0].repeat(usize::from(MAX_SIZE));
+    let heads = [7u8, 0].repeat(usize::from(MAX_SIZE));
     driver.write(driver.state().available + 4, &heads);
     driver.set_available_index(50_000u16.wrapping_add(MAX_SIZE));
     let mut count = 0;

@@ -9,11 +9,9 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::mpsc;
 use std::thread::{Builder, JoinHandle};
 
-use rustix::fs::Mode;
-use rustix::thread::UnshareFlags;
-
 use crate::kvm;
 use crate::seccomp;
+use crate::virtio::fs;
 
 /// Which filter a thread gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,19 +65,10 @@ pub(crate) fn spawn(
 /// What has to be done before the thread sees anything of the guest.
 fn prepare(kind: Kind) -> io::Result<()> {
     if kind == Kind::Io {
-        // Files of shared folders get the mode the guest asks for: a umask of the thread's own,
-        // which takes a file-system context of its own.
-        own_file_system_context()?;
-        rustix::process::umask(Mode::empty());
+        // What the filter would forbid, such as a umask of the thread's own.
+        fs::prepare_thread()?;
     }
     seccomp::confine(kind)
-}
-
-#[expect(unsafe_code, reason = "unshare is unsafe for the sake of CLONE_FILES")]
-fn own_file_system_context() -> io::Result<()> {
-    // SAFETY: root, working directory and umask: no memory and no descriptors are concerned.
-    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?;
-    Ok(())
 }
 
 fn panic_text(payload: &(dyn Any + Send)) -> &str {

@@ -11,8 +11,10 @@ pub mod fs;
 pub mod mmio;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
+pub mod net;
 pub mod rng;
 mod saved;
 pub mod throttle;
+mod timer;
 mod turn;
 pub mod vsock;

@@ -4,17 +4,14 @@
 //! will fit, and the device goes on when its [`crate::virtio::device::Watcher`] says so. Used by
 //! devices on the I/O thread; one timer a device.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
 
 use rustix::io::Errno;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_settime,
-};
 use thiserror::Error;
 
 use crate::rate_limiter::{RateLimiter, RateLimiterConfig, RateLimiterError};
+use crate::virtio::timer::DeadlineTimer;
 
 /// Why a throttle cannot be made.
 #[derive(Debug, Error)]
@@ -31,7 +28,7 @@ pub enum ThrottleError {
 #[derive(Debug)]
 pub struct Throttle {
     limiter: RateLimiter,
-    timer: OwnedFd,
+    timer: DeadlineTimer,
 }
 
 impl Throttle {
@@ -40,11 +37,9 @@ impl Throttle {
     /// # Errors
     /// The limits make no sense, or there is no timer to be had.
     pub fn new(config: &RateLimiterConfig) -> Result<Self, ThrottleError> {
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let timer = timerfd_create(TimerfdClockId::Monotonic, flags);
         Ok(Self {
             limiter: RateLimiter::new(config, Instant::now())?,
-            timer: timer.map_err(|errno| ThrottleError::Timer(errno.into()))?,
+            timer: DeadlineTimer::new().map_err(|errno| ThrottleError::Timer(errno.into()))?,
         })
     }
 
@@ -57,7 +52,7 @@ impl Throttle {
         match self.limiter.try_take(now, operations, bytes) {
             Ok(()) => Ok(true),
             Err(wait) => {
-                self.set(wait)?;
+                self.timer.set(Some(now + wait))?;
                 Ok(false)
             }
         }
@@ -65,26 +60,13 @@ impl Throttle {
 
     /// Forget a wait that ended: to be called when the timer is ready.
     pub fn acknowledge(&self) {
-        // Nothing to read: the timer was armed again meanwhile, or disarmed.
-        let _expirations = rustix::io::read(&self.timer, &mut [0; 8]);
+        self.timer.clear();
     }
 
     /// Stop the timer.
     pub fn disarm(&self) {
-        // A zero time is always valid for a timer of ours.
-        let _set = self.set(Duration::ZERO);
-    }
-
-    /// Arm; zero disarms.
-    fn set(&self, wait: Duration) -> Result<(), Errno> {
-        let time = Itimerspec {
-            it_interval: Timespec::default(),
-            it_value: Timespec {
-                tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: wait.subsec_nanos().into(),
-            },
-        };
-        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &time).map(drop)
+        // No deadline is always valid for a timer of ours.
+        let _set = self.timer.set(None);
     }
 }
 
@@ -96,7 +78,7 @@ impl AsFd for Throttle {
 
 #[cfg(test)]
 mod tests {
-    use rustix::event::{PollFd, PollFlags, poll};
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
     use super::*;
     use crate::rate_limiter::TokenBucketConfig;

@@ -36,7 +36,7 @@ impl Queue {
         &mut self,
         chain: &mut Chain,
         mut budget: usize,
-        mut serve: impl FnMut(&Chain) -> Served,
+        mut serve: impl FnMut(&mut Chain) -> Served,
     ) -> Result<(), DeviceError> {
         self.ring.disable_kicks();
         loop {
@@ -122,7 +122,7 @@ mod tests {
     #[test]
     fn a_used_up_budget_leaves_the_rest_for_another_turn() {
         let mut test = fixture(3);
-        let cost = |_: &Chain| Served::Done { len: 0, cost: 5 };
+        let cost = |_: &mut Chain| Served::Done { len: 0, cost: 5 };
         test.queue.turn(&mut test.chain, 10, cost).unwrap();
         assert_eq!(test.driver.take_used().len(), 2);
         assert!(test.driver.is_kick_unwanted());
@@ -136,7 +136,7 @@ mod tests {
     fn a_request_that_waits_is_there_the_next_time() {
         let mut test = fixture(2);
         let mut answers = [DONE, Served::Later].into_iter();
-        let serve = |_: &Chain| answers.next().unwrap();
+        let serve = |_: &mut Chain| answers.next().unwrap();
         test.queue.turn(&mut test.chain, 10, serve).unwrap();
         assert_eq!(test.driver.take_used().len(), 1);
         assert!(!test.transport.is_kicked(0));

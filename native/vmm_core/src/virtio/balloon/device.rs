@@ -59,6 +59,11 @@ impl Balloon {
         };
         (balloon, control)
     }
+
+    fn malformed_now(&self) -> u64 {
+        let queues = self.active.iter().flat_map(|active| &active.queues);
+        queues.flatten().map(|queue| queue.ring.malformed().0).sum()
+    }
 }
 
 impl VirtioDevice for Balloon {
@@ -141,6 +146,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn reset(&mut self) {
+        self.metrics.malformed_chains += self.malformed_now();
         self.active = None;
         self.control.set_interrupt(None);
         // A driver that starts anew has nothing in the balloon.
@@ -185,9 +191,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
-        let queues = self.active.iter().flat_map(|active| &active.queues);
-        let malformed = queues.flatten().map(|queue| queue.ring.malformed().0);
-        self.metrics.list(malformed.sum())
+        self.metrics.list(self.malformed_now())
     }
 }
 

@@ -15,10 +15,12 @@ pub(super) struct BalloonMetrics {
     pub(super) failed_pages: u64,
     /// Requests with more pages than are looked at.
     pub(super) oversized_requests: u64,
+    /// Chains that broke a rule, of queues that are no more.
+    pub(super) malformed_chains: u64,
 }
 
 impl BalloonMetrics {
-    pub(super) fn list(&self, malformed_chains: u64) -> Vec<(&'static str, u64)> {
+    pub(super) fn list(&self, malformed_now: u64) -> Vec<(&'static str, u64)> {
         vec![
             ("inflated_pages", self.inflated_pages),
             ("deflated_pages", self.deflated_pages),
@@ -26,7 +28,7 @@ impl BalloonMetrics {
             ("discarded_pages", self.discarded_pages),
             ("failed_pages", self.failed_pages),
             ("oversized_requests", self.oversized_requests),
-            ("malformed_chains", malformed_chains),
+            ("malformed_chains", self.malformed_chains + malformed_now),
         ]
     }
 }

@@ -10,14 +10,17 @@ use super::protocol::TAG_SIZE;
 use super::server::Server;
 use super::share::Share;
 use crate::virtio::device::{Activation, DeviceError, DeviceKind, Queue, VirtioDevice};
+use crate::virtio::saved;
+use crate::virtio::turn::Served;
 
 /// The high priority queue, and one for requests.
 const QUEUE_COUNT: usize = 2;
 /// Bytes of `struct virtio_fs_config`.
 const CONFIG_SIZE: usize = TAG_SIZE + 4;
-/// One turn ends after so many requests, or bytes of answers and data.
-const MAX_REQUESTS_PER_TURN: usize = 128;
-const MAX_BYTES_PER_TURN: usize = 4 << 20;
+/// Bytes of requests and answers in one turn: some milliseconds at worst.
+const BYTES_PER_TURN: usize = 4 << 20;
+/// What a small request costs of a turn all the same: it may be a file made or removed.
+const LEAST_COST: usize = 32 << 10;
 
 /// A shared folder.
 #[derive(Debug)]
@@ -58,33 +61,6 @@ impl Fs {
     }
 }
 
-impl Active {
-    /// Serve one queue for a turn. True: requests may be left.
-    fn turn(&mut self, server: &mut Server, index: usize) -> Result<bool, DeviceError> {
-        let Some(queue) = self.queues.get_mut(index) else {
-            return Ok(false);
-        };
-        let failed = DeviceError::ring(index);
-        let (mut requests, mut bytes) = (0, 0);
-        queue.ring.disable_kicks();
-        loop {
-            while queue.ring.pop(&mut self.chain).map_err(&failed)? {
-                bytes += self.chain.readable.len();
-                let written = server.serve(&mut self.chain);
-                queue.ring.complete(self.chain.head, written);
-                bytes += written as usize;
-                requests += 1;
-                if requests >= MAX_REQUESTS_PER_TURN || bytes >= MAX_BYTES_PER_TURN {
-                    return Ok(true);
-                }
-            }
-            if !queue.ring.enable_kicks() {
-                return Ok(false);
-            }
-        }
-    }
-}
-
 impl VirtioDevice for Fs {
     fn kind(&self) -> DeviceKind {
         DeviceKind::Fs
@@ -119,15 +95,15 @@ impl VirtioDevice for Fs {
             return Ok(());
         };
         prepare_thread().map_err(DeviceError::system("prepare thread to serve a folder"))?;
-        let is_exhausted = active.turn(&mut self.server, index)?;
-        if let Some(queue) = active.queues.get_mut(index) {
-            if is_exhausted {
-                self.server.share.metrics.exhausted_turns += 1;
-                queue.kick_self();
-            }
-            queue.signal();
-        }
-        Ok(())
+        let Some(queue) = active.queues.get_mut(index) else {
+            return Ok(());
+        };
+        queue.turn(&mut active.chain, BYTES_PER_TURN, |chain| {
+            let asked = chain.readable.len();
+            let len = self.server.serve(chain);
+            let cost = LEAST_COST.max(asked + len as usize);
+            Served::Done { len, cost }
+        })
     }
 
     fn reset(&mut self) {
@@ -159,13 +135,13 @@ impl VirtioDevice for Fs {
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
         let share = &self.server.share;
         let state = share.save().map_err(DeviceError::system("save a folder"))?;
-        postcard::to_stdvec(&state).map_err(|error| state_error(&error.to_string()))
+        saved::encode(DeviceKind::Fs, &state)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
-        let state = postcard::from_bytes(state).map_err(|error| state_error(&error.to_string()))?;
+        let state = saved::decode(DeviceKind::Fs, state)?;
         let restored = self.server.share.restore(state);
-        restored.map_err(|reason| state_error(&reason))
+        restored.map_err(|reason| saved::refused(DeviceKind::Fs, reason))
     }
 
     fn metrics(&self) -> Vec<(&'static str, u64)> {
@@ -173,13 +149,6 @@ impl VirtioDevice for Fs {
         share
             .metrics
             .report(share.nodes.table.len(), share.handles.0.len())
-    }
-}
-
-fn state_error(reason: &str) -> DeviceError {
-    DeviceError::State {
-        kind: DeviceKind::Fs.name(),
-        reason: reason.into(),
     }
 }
 

@@ -13,8 +13,6 @@ pub(super) struct Metrics {
     pub(super) read_bytes: u64,
     /// Bytes of files written for the guest.
     pub(super) written_bytes: u64,
-    /// Turns that ended with requests left.
-    pub(super) exhausted_turns: u64,
     /// Files the guest knew that a restore did not find.
     pub(super) lost_nodes: u64,
     /// Open files that a restore could not open again.
@@ -30,7 +28,6 @@ impl Metrics {
             ("malformed_requests", self.malformed),
             ("read_bytes", self.read_bytes),
             ("written_bytes", self.written_bytes),
-            ("exhausted_turns", self.exhausted_turns),
             ("lost_nodes", self.lost_nodes),
             ("lost_handles", self.lost_handles),
             ("current_nodes", nodes as u64),

@@ -1,17 +1,14 @@
 //! The guest's side, for tests: a driver with both queues, and FUSE requests as a kernel sends them.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 use virtio_core::mock::{MockBuffer, MockDriver, UsedElement, mock_ram};
-use virtio_core::ram::GuestRam;
 
 use super::protocol::{IN_HEADER_SIZE, OUT_HEADER_SIZE, ROOT_ID, opcode};
 use super::{CacheMode, Fs, FsConfig};
-use crate::interrupt::Interrupt;
-use crate::virtio::device::{Activation, Queue, VirtioDevice, Watcher};
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::mock::MockTransport;
 
 const QUEUE_SIZE: u16 = 64;
 const RINGS: [u64; 2] = [0x1000, 0x4000];
@@ -113,7 +110,7 @@ impl Attributes {
 pub(super) struct MockGuest {
     pub(super) fs: Fs,
     pub(super) drivers: [MockDriver; 2],
-    ram: Arc<GuestRam>,
+    pub(super) transport: MockTransport,
     unique: u64,
     pub(super) uid: u32,
     pub(super) gid: u32,
@@ -153,28 +150,16 @@ impl MockGuest {
     pub(super) fn boot(mut fs: Fs) -> Self {
         let ram = mock_ram(RAM_SIZE);
         let drivers = RINGS.map(|base| MockDriver::new(&ram, base, QUEUE_SIZE));
-        let interrupt = Arc::new(Interrupt::new(5).unwrap());
-        let queues = drivers.iter().enumerate().map(|(index, driver)| {
-            Some(Queue {
-                index,
-                ring: driver.ring(true).unwrap(),
-                kick: Arc::new(eventfd(0, EventfdFlags::NONBLOCK).unwrap()),
-                interrupt: Arc::clone(&interrupt),
-            })
-        });
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
-        fs.activate(Activation {
-            ram: Arc::clone(&ram),
-            features: fs.features(),
-            queues: queues.collect(),
-            interrupt: Arc::clone(&interrupt),
-            watcher: Watcher::new(Arc::new(epoll), 0),
-        })
-        .unwrap();
+        let transport = MockTransport::new(&ram, 2);
+        let activation = transport.activation(
+            virtio_core::features::RING,
+            &[Some(&drivers[0]), Some(&drivers[1])],
+        );
+        fs.activate(activation).unwrap();
         Self {
             fs,
             drivers,
-            ram,
+            transport,
             unique: 0,
             uid: rustix::process::geteuid().as_raw(),
             gid: rustix::process::getegid().as_raw(),
@@ -250,9 +235,8 @@ impl MockGuest {
             at += u64::from(piece);
         }
         let head = driver.add(&buffers);
-        self.fs
-            .handle(u32::try_from(index).unwrap(), epoll::EventFlags::IN)
-            .unwrap();
+        self.transport.kick(index);
+        self.transport.settle(&mut self.fs).unwrap();
         let driver = &mut self.drivers[index];
         let used = driver.take_used();
         assert_eq!(used.len(), 1);
@@ -268,11 +252,6 @@ impl MockGuest {
             "nothing after the answer"
         );
         (used[0], answer)
-    }
-
-    /// The guest's memory.
-    pub(super) fn ram(&self) -> &Arc<GuestRam> {
-        &self.ram
     }
 
     pub(super) fn lookup(&mut self, parent: u64, name: &str) -> Result<Attributes, Errno> {

@@ -171,7 +171,7 @@ pub(super) fn root_node(descriptor: OwnedFd) -> Result<Node, Errno> {
 
 /// How many nodes and handles there may be: what the process may open, less what the rest of it
 /// needs. Whoever runs the machine raises the process's limit before.
-pub(super) fn limits() -> (usize, usize) {
+fn limits() -> (usize, usize) {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let limit = limit.map_or(MAX_SLOTS, |limit| {
         usize::try_from(limit).unwrap_or(MAX_SLOTS)

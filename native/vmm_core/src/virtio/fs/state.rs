@@ -17,7 +17,7 @@ use super::handle::{Handle, Handles, open_directory, open_file};
 use super::node::{CONFINED, Identity, Node, Nodes, Place, attributes_of, kind_of};
 use super::protocol::{MAX_PATH, ROOT_ID};
 use super::session::Session;
-use super::share::{Share, limits, root_node};
+use super::share::{Share, root_node};
 use super::table::Table;
 
 /// Of this format.
@@ -53,7 +53,7 @@ struct HandleState {
 /// Which file it was.
 #[derive(Debug, Serialize, Deserialize)]
 struct FileState {
-    /// Below the folder; none if it was not there any more.
+    /// Below the folder, empty for the folder itself; none if it was not there any more.
     path: Option<Vec<u8>>,
     /// Type bits of its mode.
     kind: u32,
@@ -80,6 +80,7 @@ impl FileState {
     /// Find it below the folder again.
     fn find(&self, root: BorrowedFd<'_>) -> Result<(OwnedFd, Identity), Errno> {
         let path = self.path.as_deref().ok_or(Errno::STALE)?;
+        let path = if path.is_empty() { b"." } else { path };
         let path = CString::new(path).map_err(|_| Errno::STALE)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let descriptor = openat2(root, path, flags, Mode::empty(), CONFINED)?;
@@ -155,7 +156,7 @@ impl Share {
             };
             return Err(format!("of folder {:?}, {access}", state.tag));
         }
-        let (node_limit, handle_limit) = limits();
+        let (node_limit, handle_limit) = (self.nodes.table.limit(), self.handles.0.limit());
         let root = self.nodes.get(ROOT_ID).and_then(Node::descriptor);
         let root_descriptor = root.map_err(|errno| errno.to_string())?;
         let root = rustix::io::fcntl_dupfd_cloexec(root_descriptor, 0).and_then(root_node);
@@ -256,12 +257,11 @@ fn path_of(descriptor: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
 /// file will be found, or not with that inode.
 fn below(root: &[u8], path: &[u8]) -> Option<Vec<u8>> {
     let rest = path.strip_prefix(root)?;
-    let rest = if root.ends_with(b"/") {
-        rest
-    } else {
-        rest.strip_prefix(b"/")?
-    };
-    (!rest.is_empty()).then(|| rest.to_vec())
+    match rest.strip_prefix(b"/") {
+        Some(rest) => Some(rest.to_vec()),
+        // The folder itself, or one whose name begins like its own.
+        None => (rest.is_empty() || root.ends_with(b"/")).then(|| rest.to_vec()),
+    }
 }
 
 #[cfg(test)]

@@ -27,6 +27,8 @@ fn a_guest_goes_on_in_another_process() {
     guest.forget(forgotten, 1);
     let opened = guest.request(opcode::OPENDIR, directory, Body::new().u64(0));
     let listing = opened.unwrap().u64(0);
+    let opened = guest.request(opcode::OPENDIR, ROOT_ID, Body::new().u64(0));
+    let root_listing = opened.unwrap().u64(0);
 
     let mut guest = guest.restore_elsewhere(folder.config());
     assert_eq!(
@@ -39,20 +41,11 @@ fn a_guest_goes_on_in_another_process() {
     assert_eq!(guest.lookup(directory, "file").unwrap().node, file.node);
     let target = guest.request(opcode::READLINK, link, Body::new()).unwrap();
     assert_eq!(target.0, b"target");
-    let body = Body::new()
-        .u64(listing)
-        .u64(0)
-        .u32(4096)
-        .u32(0)
-        .u64(0)
-        .u64(0);
-    assert!(
-        !guest
-            .request(opcode::READDIR, directory, body)
-            .unwrap()
-            .0
-            .is_empty()
-    );
+    for handle in [listing, root_listing] {
+        let body = Body::new().u64(handle).u64(0).u32(4096).u32(0).u64(0);
+        let listed = guest.request(opcode::READDIR, ROOT_ID, body.u64(0));
+        assert!(!listed.unwrap().0.is_empty());
+    }
     assert_eq!(
         (guest.metric("lost_nodes"), guest.metric("lost_handles")),
         (0, 0)
@@ -164,4 +157,18 @@ fn a_state_of_something_else_is_refused() {
             let _outcome = Fs::new(folder.config()).unwrap().restore(&changed);
         }
     }
+}
+
+#[test]
+fn paths_are_relative_to_the_folder() {
+    let relative = |root: &str, path: &str| {
+        let path = super::below(root.as_bytes(), path.as_bytes());
+        path.map(|path| String::from_utf8(path).unwrap())
+    };
+    assert_eq!(relative("/a", "/a/b/c").as_deref(), Some("b/c"));
+    assert_eq!(relative("/a", "/a").as_deref(), Some(""));
+    assert_eq!(relative("/", "/a/b").as_deref(), Some("a/b"));
+    assert_eq!(relative("/", "/").as_deref(), Some(""));
+    assert_eq!(relative("/a", "/ab/c"), None);
+    assert_eq!(relative("/a", "/b"), None);
 }

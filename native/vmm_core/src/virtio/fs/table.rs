@@ -47,6 +47,11 @@ impl<T> Table<T> {
         self.limit = limit;
     }
 
+    /// The most it holds.
+    pub(super) fn limit(&self) -> usize {
+        self.limit
+    }
+
     /// Whether one more fits.
     ///
     /// # Errors

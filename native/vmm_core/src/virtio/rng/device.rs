@@ -170,6 +170,7 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {
         if let Some(active) = self.active.take() {
+            self.metrics.malformed_chains += active.queue.ring.malformed().0;
             // It was added; if it is gone, so much the better.
             let _removed = active.watcher.remove(self.throttle.as_fd());
             self.throttle.disarm();

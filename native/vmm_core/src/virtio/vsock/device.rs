@@ -27,12 +27,13 @@ use virtio_core::vsock::hybrid::{HybridError, HybridVsock};
 use virtio_core::vsock::{EVENT_QUEUE, QUEUE_COUNT, RX_QUEUE, TX_QUEUE};
 
 use super::metrics::VsockMetrics;
-use super::state::{VsockState, refused};
-use super::timer::DeadlineTimer;
+use super::state::VsockState;
 use super::transport_reset::{Progress, TransportReset};
 use crate::virtio::device::{
     Activation, DeviceError, DeviceKind, FIRST_DEVICE_TOKEN, Queue, VirtioDevice, Watcher,
 };
+use crate::virtio::saved;
+use crate::virtio::timer::DeadlineTimer;
 
 /// Host sockets want attention.
 const HOST_TOKEN: u32 = FIRST_DEVICE_TOKEN;
@@ -140,7 +141,7 @@ impl Vsock {
         if !GUEST_CIDS.contains(&guest_cid) {
             return Err(VsockError::GuestCid(guest_cid));
         }
-        let timer = DeadlineTimer::new().map_err(VsockError::Timer)?;
+        let timer = DeadlineTimer::new().map_err(|errno| VsockError::Timer(errno.into()))?;
         Ok(Self {
             guest_cid,
             host: HybridVsock::bind(&path, guest_cid)?,
@@ -151,12 +152,9 @@ impl Vsock {
         })
     }
 
-    fn set_timer(&mut self, deadline: Option<Instant>) -> Result<(), DeviceError> {
-        let failed = |source| DeviceError::System {
-            operation: "set the timer",
-            source,
-        };
-        self.timer.set(deadline).map_err(failed)
+    fn set_timer(&self, deadline: Option<Instant>) -> Result<(), DeviceError> {
+        let set = self.timer.set(deadline);
+        set.map_err(DeviceError::system("set the timer"))
     }
 
     /// Go on with telling the guest that it was restored.
@@ -324,18 +322,23 @@ impl VirtioDevice for Vsock {
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
-        VsockState::new(self.guest_cid, self.active.is_some()).encode()
+        let state = VsockState {
+            guest_cid: self.guest_cid,
+            was_active: self.active.is_some(),
+        };
+        saved::encode(DeviceKind::Vsock, &state)
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
-        let state = VsockState::decode(state)?;
-        if state.guest_cid != self.guest_cid {
-            return Err(refused(format!(
-                "the guest's cid is {}, not {}",
-                state.guest_cid, self.guest_cid
-            )));
+        let VsockState {
+            guest_cid,
+            was_active,
+        } = saved::decode(DeviceKind::Vsock, state)?;
+        if guest_cid != self.guest_cid {
+            let reason = format!("the guest's cid is {guest_cid}, not {}", self.guest_cid);
+            return Err(saved::refused(DeviceKind::Vsock, reason));
         }
-        if state.was_active {
+        if was_active {
             self.transport_reset.request();
         }
         Ok(())

@@ -1,24 +1,21 @@
-//! A machine around the device for tests: rings driven by hand, an event loop turned by hand.
+//! A machine around the device for tests: a guest by hand, and its transport.
 
 use std::io::Write;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use tempfile::TempDir;
 use virtio_core::features;
 use virtio_core::mock::{MockBuffer, MockDriver, mock_ram};
 use virtio_core::ram::GuestRam;
 use virtio_core::ring::{Ring, RingState};
+use virtio_core::vsock::EVENT_QUEUE;
 use virtio_core::vsock::mock::MockGuest;
-use virtio_core::vsock::{EVENT_QUEUE, QUEUE_COUNT};
 
 use super::{Vsock, VsockConfig};
-use crate::interrupt::Interrupt;
-use crate::virtio::device::{Activation, DeviceError, Queue, VirtioDevice, Watcher};
+use crate::virtio::device::{DeviceError, VirtioDevice};
+use crate::virtio::mock::MockTransport;
 
 pub(super) const CID: u64 = 3;
 const QUEUE_SIZE: u16 = 128;
@@ -32,16 +29,9 @@ pub(super) struct MockMachine {
     pub(super) device: Vsock,
     pub(super) guest: MockGuest,
     pub(super) events: MockDriver,
-    pub(super) interrupt: Arc<Interrupt>,
+    pub(super) transport: MockTransport,
     ram: Arc<GuestRam>,
     has_event_idx: bool,
-    epoll: Arc<OwnedFd>,
-    kicks: Vec<Arc<OwnedFd>>,
-}
-
-fn new_eventfd() -> Arc<OwnedFd> {
-    let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-    Arc::new(eventfd(0, flags).unwrap())
 }
 
 fn device(directory: &TempDir) -> Vsock {
@@ -58,19 +48,15 @@ impl MockMachine {
     pub(super) fn new(has_event_idx: bool) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let ram = mock_ram(usize::try_from(MEMORY_SIZE).unwrap());
-        let mut machine = Self {
+        Self {
             device: device(&directory),
             directory,
             guest: MockGuest::new(&ram, 0, QUEUE_SIZE, CID),
             events: MockDriver::new(&ram, EVENT_RING, 16),
-            interrupt: Arc::new(Interrupt::new(5).unwrap()),
+            transport: MockTransport::new(&ram, 3),
             ram,
             has_event_idx,
-            epoll: Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap()),
-            kicks: Vec::new(),
-        };
-        machine.watch_kicks();
-        machine
+        }
     }
 
     /// Activated, with all receive buffers and some for events.
@@ -80,24 +66,11 @@ impl MockMachine {
         machine
     }
 
-    fn watcher(&self) -> Watcher {
-        Watcher::new(Arc::clone(&self.epoll), 0)
-    }
-
-    fn watch_kicks(&mut self) {
-        self.kicks = (0..QUEUE_COUNT).map(|_| new_eventfd()).collect();
-        for (token, kick) in (0..).zip(&self.kicks) {
-            self.watcher()
-                .add(kick, token, epoll::EventFlags::IN)
-                .unwrap();
-        }
-    }
-
     /// The driver lays out its rings anew and activates the device.
     pub(super) fn boot(&mut self) {
         self.guest = MockGuest::new(&self.ram, 0, QUEUE_SIZE, CID);
         self.events = MockDriver::new(&self.ram, EVENT_RING, 16);
-        self.activate(self.fresh_states()).unwrap();
+        self.activate(true).unwrap();
         self.guest.post(QUEUE_SIZE);
         for index in 0..8 {
             let buffer = MockBuffer::writable(EVENT_BUFFERS + index * 8, 4);
@@ -106,82 +79,47 @@ impl MockMachine {
         self.kick();
     }
 
-    pub(super) fn fresh_states(&self) -> Vec<Option<RingState>> {
-        [&self.guest.rx, &self.guest.tx, &self.events]
-            .map(|driver| {
-                Some(RingState {
-                    has_event_idx: self.has_event_idx,
-                    ..driver.state()
-                })
-            })
-            .into()
+    fn features(&self) -> u64 {
+        let event_idx = if self.has_event_idx {
+            features::EVENT_IDX
+        } else {
+            0
+        };
+        features::VERSION_1 | event_idx
     }
 
-    /// Give the device its queues.
-    pub(super) fn activate(&mut self, states: Vec<Option<RingState>>) -> Result<(), DeviceError> {
-        let queue = |(index, state): (usize, Option<RingState>)| {
-            state.map(|state| Queue {
-                index,
-                ring: Ring::new(Arc::clone(&self.ram), state).unwrap(),
-                kick: Arc::clone(&self.kicks[index]),
-                interrupt: Arc::clone(&self.interrupt),
-            })
-        };
-        let activation = Activation {
-            ram: Arc::clone(&self.ram),
-            features: features::RING,
-            queues: states.into_iter().enumerate().map(queue).collect(),
-            interrupt: Arc::clone(&self.interrupt),
-            watcher: self.watcher(),
-        };
+    /// The driver is ready, with an event queue or without.
+    pub(super) fn activate(&mut self, has_events: bool) -> Result<(), DeviceError> {
+        let events = has_events.then_some(&self.events);
+        let drivers = [Some(&self.guest.rx), Some(&self.guest.tx), events];
+        let activation = self.transport.activation(self.features(), &drivers);
         self.device.activate(activation)
     }
 
     /// The driver rings the doorbells that the device wants to hear.
     pub(super) fn kick(&mut self) {
         let drivers = [&mut self.guest.rx, &mut self.guest.tx, &mut self.events];
-        for (driver, kick) in drivers.into_iter().zip(&self.kicks) {
+        for (index, driver) in drivers.into_iter().enumerate() {
             if driver.needs_kick(self.has_event_idx) {
-                rustix::io::write(kick, &1u64.to_ne_bytes()).unwrap();
+                self.transport.kick(index);
             }
         }
     }
 
-    /// One turn of the loop; gives how many events there were within this time.
-    pub(super) fn turn(&mut self, wait: Duration) -> Result<usize, DeviceError> {
-        let timeout = Timespec {
-            tv_sec: i64::try_from(wait.as_secs()).unwrap(),
-            tv_nsec: wait.subsec_nanos().into(),
-        };
-        let mut events = Vec::with_capacity(16);
-        let spare = rustix::buffer::spare_capacity(&mut events);
-        epoll::wait(&self.epoll, spare, Some(&timeout)).unwrap();
-        for event in &events {
-            let token = u32::try_from(event.data.u64()).unwrap();
-            if let Some(kick) = self.kicks.get(token as usize) {
-                let _cleared = rustix::io::read(kick, &mut [0; 8]);
-            }
-            self.device.handle(token, event.flags)?;
-        }
-        Ok(events.len())
+    /// Wait up to this long, and have the device do what became ready; gives how much that was.
+    pub(super) fn turn(&mut self, timeout_ms: u32) -> usize {
+        self.transport.turn(&mut self.device, timeout_ms).unwrap()
     }
 
-    /// Kick where wanted, and turn the loop until nothing is ready.
+    /// Kick where wanted, and call the device until nothing is ready.
     pub(super) fn try_settle(&mut self) -> Result<(), DeviceError> {
         self.kick();
-        while self.turn(Duration::ZERO)? > 0 {}
-        Ok(())
+        self.transport.settle(&mut self.device)
     }
 
     /// As [`MockMachine::try_settle`], of a driver that keeps the rules.
     pub(super) fn settle(&mut self) {
         self.try_settle().unwrap();
-    }
-
-    /// Interrupts since the last time.
-    pub(super) fn interrupts(&self) -> u64 {
-        let mut counter = [0; 8];
-        rustix::io::read(&*self.interrupt, &mut counter).map_or(0, |_| u64::from_ne_bytes(counter))
     }
 
     /// The driver takes the event and offers its buffer again.
@@ -193,7 +131,7 @@ impl MockMachine {
         Some(event)
     }
 
-    /// Events buffers the device has not got.
+    /// How far the event queue was worked through.
     pub(super) fn event_state(&self) -> Option<RingState> {
         self.device.ring_states()[EVENT_QUEUE]
     }
@@ -218,10 +156,23 @@ impl MockMachine {
         let directory = tempfile::tempdir().unwrap();
         self.device = device(&directory);
         self.directory = directory;
-        self.epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).unwrap());
-        self.watch_kicks();
+        self.transport = MockTransport::new(&self.ram, 3);
         self.device.restore(&state).unwrap();
-        self.activate(rings).unwrap();
+        let drivers = [
+            Some(&self.guest.rx),
+            Some(&self.guest.tx),
+            Some(&self.events),
+        ];
+        let mut activation = self.transport.activation(self.features(), &drivers);
+        for (queue, state) in activation.queues.iter_mut().zip(rings) {
+            match (queue.as_mut(), state) {
+                (Some(queue), Some(state)) => {
+                    queue.ring = Ring::new(Arc::clone(&self.ram), state).unwrap();
+                }
+                _ => *queue = None,
+            }
+        }
+        self.device.activate(activation).unwrap();
         self
     }
 }

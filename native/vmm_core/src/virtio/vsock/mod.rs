@@ -6,7 +6,6 @@
 //!
 //! - [`device`]: registers, queues, turns on the I/O thread;
 //! - `transport_reset`: telling a restored guest that its connections are gone;
-//! - `timer`: the time limits of connections, as a descriptor;
 //! - `state`: what a snapshot keeps; `metrics`: counters.
 
 pub mod device;
@@ -16,7 +15,6 @@ mod mock_machine;
 mod state;
 #[cfg(test)]
 mod stream_tests;
-mod timer;
 mod transport_reset;
 
 pub use device::{Vsock, VsockConfig, VsockError};

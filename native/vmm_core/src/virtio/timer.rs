@@ -1,11 +1,13 @@
 //! One deadline as a descriptor: readable when it is over.
 //!
-//! Set after each turn, which costs a system call only if the deadline changed. I/O thread.
+//! What devices watch for waits of their own: time limits, rate limiters. Setting it again to the
+//! same deadline costs no system call, so that it can be done after each turn. I/O thread.
 
-use std::io;
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
@@ -13,9 +15,9 @@ use rustix::time::{
 
 /// A timerfd that fires once per deadline.
 #[derive(Debug)]
-pub(super) struct DeadlineTimer {
+pub(crate) struct DeadlineTimer {
     fd: OwnedFd,
-    armed: Option<Instant>,
+    armed: Cell<Option<Instant>>,
 }
 
 impl DeadlineTimer {
@@ -23,11 +25,11 @@ impl DeadlineTimer {
     ///
     /// # Errors
     /// As `timerfd_create(2)`.
-    pub(super) fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> Result<Self, Errno> {
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         Ok(Self {
             fd: timerfd_create(TimerfdClockId::Monotonic, flags)?,
-            armed: None,
+            armed: Cell::new(None),
         })
     }
 
@@ -35,32 +37,29 @@ impl DeadlineTimer {
     ///
     /// # Errors
     /// As `timerfd_settime(2)`.
-    pub(super) fn set(&mut self, deadline: Option<Instant>) -> io::Result<()> {
-        if deadline == self.armed {
+    pub(crate) fn set(&self, deadline: Option<Instant>) -> Result<(), Errno> {
+        if deadline == self.armed.get() {
             return Ok(());
         }
-        let zero = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let value = deadline.map_or(zero, |deadline| {
+        let never = Timespec::default();
+        let value = deadline.map_or(never, |deadline| {
             // Zero would mean never.
             let shortest = Duration::from_nanos(1);
             let wait = deadline.saturating_duration_since(Instant::now());
             timespec(wait.max(shortest))
         });
         let spec = Itimerspec {
-            it_interval: zero,
+            it_interval: Timespec::default(),
             it_value: value,
         };
         timerfd_settime(&self.fd, TimerfdTimerFlags::empty(), &spec)?;
-        self.armed = deadline;
+        self.armed.set(deadline);
         Ok(())
     }
 
     /// It fired: not readable any more, no deadline.
-    pub(super) fn clear(&mut self) {
-        self.armed = None;
+    pub(crate) fn clear(&self) {
+        self.armed.set(None);
         // EAGAIN: it was set anew since. The count of expirations is of no use.
         let _expirations = rustix::io::read(&self.fd, &mut [0; 8]);
     }
@@ -92,7 +91,7 @@ mod tests {
 
     #[test]
     fn it_fires_once_per_deadline() {
-        let mut timer = DeadlineTimer::new().unwrap();
+        let timer = DeadlineTimer::new().unwrap();
         assert!(!fires_within(&timer, Duration::ZERO));
         let past = Instant::now();
         timer.set(Some(past)).unwrap();
@@ -105,7 +104,7 @@ mod tests {
 
     #[test]
     fn a_deadline_taken_back_does_not_fire() {
-        let mut timer = DeadlineTimer::new().unwrap();
+        let timer = DeadlineTimer::new().unwrap();
         timer.set(Some(Instant::now())).unwrap();
         assert!(fires_within(&timer, Duration::from_secs(10)));
         timer.set(None).unwrap();
