@@ -24,6 +24,7 @@ from kata_hybrid.guest.modules import Module
 
 BOOT_MODULES = (
     "virtio_pci",
+    "virtio_mmio",
     "virtio_blk",
     "virtiofs",
     "vmw_vsock_virtio_transport",

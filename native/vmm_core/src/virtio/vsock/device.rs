@@ -202,8 +202,9 @@ impl Vsock {
         if has_more {
             active.rx.kick_self();
         }
-        let reset_deadline = self.transport_reset.deadline();
-        let deadlines = [self.host.next_deadline(), reset_deadline];
+        // While hosts are not served, their time limits are not looked at either.
+        let host_deadline = active.is_host_watched.then(|| self.host.next_deadline());
+        let deadlines = [host_deadline.flatten(), self.transport_reset.deadline()];
         self.set_timer(deadlines.into_iter().flatten().min())
     }
 }
@@ -244,15 +245,18 @@ impl VirtioDevice for Vsock {
             paused_at: None,
             failure: None,
         };
-        active
-            .watcher
-            .add(&self.timer, TIMER_TOKEN, epoll::EventFlags::IN)
-            .map_err(DeviceError::system("watch the timer"))?;
         if self.transport_reset.is_pending() {
             // Restored: the machine stands still until it is resumed.
             active.paused_at = Some(Instant::now());
         } else {
             active.watch_host(&self.host)?;
+        }
+        let watched = active
+            .watcher
+            .add(&self.timer, TIMER_TOKEN, epoll::EventFlags::IN);
+        if let Err(errno) = watched {
+            active.forget_host(&self.host)?;
+            return Err(DeviceError::system("watch the timer")(errno));
         }
         self.active = Some(active);
         Ok(())
