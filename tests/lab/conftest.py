@@ -65,6 +65,8 @@ def ext4(run_dir: Path, image: GuestImage) -> Iterator[Path]:
     with disk.open("wb") as file:
         file.truncate(_EXT4_MIB << 20)
     subprocess.run(["mkfs.ext4", "-q", disk], check=True, timeout=60)
+    # Where it is built in there is no such module.
+    subprocess.run(["modprobe", "loop"], check=False, timeout=30)
     subprocess.run(["mount", "-o", "loop", disk, folder], check=True, timeout=30)
     yield folder
     subprocess.run(["umount", folder], check=True, timeout=60)
@@ -103,7 +105,9 @@ class SharedMachine:
             try:
                 self._machine.run("true", timeout_s=_ANSWER_TIMEOUT_S)
             except GuestError:
-                self.close()
+                # Whoever broke it may still hold parts of it.
+                self._machine.close(is_checked=False)
+                self._machine = None
         if self._machine is None:
             self._machine = self._make()
             self._machine.start()

@@ -37,7 +37,6 @@ def test_an_end_of_the_guests(
         assert exit_.reason == reason
         assert detail in exit_.detail
         assert machine.vm.state == "stopped"
-        assert machine.vm.thread_ids() == {}
 
 
 def test_an_end_of_the_hosts_while_paused(image: GuestImage, run_dir: Path) -> None:

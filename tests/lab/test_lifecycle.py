@@ -141,8 +141,8 @@ def test_life_goes_on_in_another_process(
         socket.socket(socket.AF_UNIX) as listener,
         socket.socket(socket.AF_UNIX) as stream,
     ):
-        held_path = f"{echo.socket}_{HELD_PORT}"
-        listener.bind(held_path)
+        held_path = Path(f"{echo.socket}_{HELD_PORT}")
+        listener.bind(os.fspath(held_path))
         listener.listen()
         listener.settimeout(STREAM_TIMEOUT_S)
         echo.run(f'"$GUEST_PROGRAM" hold {HELD_PORT} >/run/hold.log 2>&1 &')
@@ -153,7 +153,7 @@ def test_life_goes_on_in_another_process(
             echo.run(TICKER)
             wait_for(echo, "test $(cat /run/counter) -ge 10")
             # More than its buffers hold: some of it is on its way.
-            stream.setblocking(False)
+            stream.settimeout(0)
             sent = stream.send(data)
             echo.vm.pause()
             echo.vm.snapshot(snapshot)
@@ -169,7 +169,7 @@ def test_life_goes_on_in_another_process(
             assert received == data[:sent] + trailer(data[:sent])
         wait_for(echo, "grep -q ended /run/hold.log")
         assert echo.run("cat /run/hold.log") == "held\nended: end of stream"
-        os.unlink(held_path)
+        held_path.unlink()
     echo.run("kill $(cat /run/ticker.pid); umount /run/disk")
     for attempt in ("first", "second"):
         seen = restore(attempt, snapshot, run_dir=run_dir, ext4=ext4)

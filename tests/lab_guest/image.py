@@ -107,13 +107,15 @@ async def _initrd(source: KernelSource, *, tools: Toolbox) -> bytes:
         message = f"{source.source} has no modules"
         raise ImageError(message)
     modules = await select_modules(scan_tree(source.modules), wanted=MODULES, tools=tools)
+    files = (HERE / "init.sh", BUSYBOX)
+    init, busybox = [await asyncio.to_thread(path.read_bytes) for path in files]
     program = await asyncio.to_thread(_compile)
     return make_initrd(
-        init=(HERE / "init.sh").read_bytes(),
+        init=init,
         agent=program,
         kernel_version=source.version,
         modules=modules,
-        extra_programs=(("bin/busybox", BUSYBOX.read_bytes()),),
+        extra_programs=(("bin/busybox", busybox),),
     )
 
 
