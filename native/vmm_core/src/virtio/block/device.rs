@@ -291,3 +291,7 @@ fn serial_of(id: &str) -> [u8; SERIAL_LEN] {
 #[cfg(test)]
 #[path = "device_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "lifecycle_tests.rs"]
+mod lifecycle_tests;

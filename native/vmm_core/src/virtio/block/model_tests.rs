@@ -8,16 +8,9 @@ use virtio_core::mock::MockBuffer;
 use super::config::BlockConfig;
 use super::config_space::FEATURE_FLUSH;
 use super::device::Block;
-use super::rig::{DATA, Rig, config, disk_file, engines, pattern};
+use super::rig::*;
 use crate::virtio::device::VirtioDevice;
 
-const IN: u32 = 0;
-const OUT: u32 = 1;
-const FLUSH: u32 = 4;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
-const OK: u8 = 0;
-const IO_ERROR: u8 = 1;
 /// More than a request of most of these actions.
 const MODEL_SECTORS: u16 = 96;
 
@@ -80,17 +73,6 @@ fn pieces(sectors: u16, cuts: &[u16], is_writable: bool) -> Vec<MockBuffer> {
         .collect()
 }
 
-const SEGMENT: [MockBuffer; 1] = [MockBuffer {
-    address: DATA,
-    len: 16,
-    is_writable: false,
-}];
-
-fn segment(sector: u64, sectors: u32, may_unmap: bool) -> [u8; 16] {
-    let word = u128::from(sector) | u128::from(sectors) << 64 | u128::from(may_unmap) << 96;
-    word.to_le_bytes()
-}
-
 fn run_against_model(rig: &mut Rig, actions: Vec<Action>) {
     let mut model = pattern(usize::from(MODEL_SECTORS) * 512);
     for action in actions {
@@ -150,16 +132,20 @@ fn run_against_model(rig: &mut Rig, actions: Vec<Action>) {
                 may_unmap,
             } => {
                 let range = range(sector, sectors.into());
-                rig.driver.write(DATA, &segment(sector, sectors, may_unmap));
-                assert_eq!(rig.request(WRITE_ZEROES, 0, &SEGMENT), expect(&range, 0));
+                rig.driver
+                    .write(DATA, &segment(sector, sectors, may_unmap.into()));
+                assert_eq!(
+                    rig.request(WRITE_ZEROES, 0, &to_disk(16)),
+                    expect(&range, 0)
+                );
                 if let Some(range) = range {
                     model[range].fill(0);
                 }
             }
             Action::Discard { sector, sectors } => {
                 let range = range(sector, sectors.into());
-                rig.driver.write(DATA, &segment(sector, sectors, false));
-                assert_eq!(rig.request(DISCARD, 0, &SEGMENT), expect(&range, 0));
+                rig.driver.write(DATA, &segment(sector, sectors, 0));
+                assert_eq!(rig.request(DISCARD, 0, &to_disk(16)), expect(&range, 0));
                 // On a file a discarded range reads as zeros.
                 if let Some(range) = range {
                     model[range].fill(0);

@@ -152,6 +152,8 @@ impl Pump {
             match fetched {
                 Fetched::All if source.queue.ring.enable_kicks() => {
                     source.queue.ring.disable_kicks();
+                    // Chains that are none cost nothing else, and could come for ever.
+                    budget.steps = budget.steps.saturating_sub(1);
                 }
                 Fetched::Full if has_progress => {}
                 // A kick, a completion or the timer will come.

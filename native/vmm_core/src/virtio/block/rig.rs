@@ -27,6 +27,19 @@ const CONTROL: u64 = 0x1_0000;
 pub(super) const DATA: u64 = 0x10_0000;
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// `VIRTIO_BLK_T_*` and `_S_*`, as a driver knows them.
+pub(super) const IN: u32 = 0;
+pub(super) const OUT: u32 = 1;
+pub(super) const FLUSH: u32 = 4;
+pub(super) const GET_ID: u32 = 8;
+pub(super) const DISCARD: u32 = 11;
+pub(super) const WRITE_ZEROES: u32 = 13;
+pub(super) const OK: u8 = 0;
+pub(super) const IO_ERROR: u8 = 1;
+pub(super) const UNSUPPORTED: u8 = 2;
+
+pub(super) const MIB: usize = 1 << 20;
+
 /// The engines that can be used here; says so when `io_uring` cannot.
 pub(super) fn engines() -> Vec<EngineChoice> {
     let file = disk_file(512);
@@ -69,6 +82,38 @@ pub(super) fn config(file: &NamedTempFile, engine: EngineChoice) -> BlockConfig 
         is_direct: false,
         engine,
         rate_limiter: None,
+    }
+}
+
+pub(super) fn from_disk(len: u32) -> [MockBuffer; 1] {
+    [MockBuffer::writable(DATA, len)]
+}
+
+pub(super) fn to_disk(len: u32) -> [MockBuffer; 1] {
+    [MockBuffer::readable(DATA, len)]
+}
+
+pub(super) fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    let word = u128::from(sector) | u128::from(sectors) << 64 | u128::from(flags) << 96;
+    word.to_le_bytes().to_vec()
+}
+
+/// A rig with a disk past the page cache for each engine, so that requests are really under way.
+pub(super) fn each_direct_engine(size: usize, mut test: impl FnMut(Rig)) {
+    for engine in engines() {
+        let file = disk_file(size);
+        test(Rig::new(BlockConfig {
+            is_direct: true,
+            ..config(&file, engine)
+        }));
+    }
+}
+
+/// A rig with a disk of `size` bytes for each engine.
+pub(super) fn each_engine(size: usize, mut test: impl FnMut(Rig, &tempfile::NamedTempFile)) {
+    for engine in engines() {
+        let file = disk_file(size);
+        test(Rig::new(config(&file, engine)), &file);
     }
 }
 
