@@ -1,0 +1,196 @@
+"""What tests with a real machine of ours need: a KVM that runs Linux, root, the test guest.
+
+``make lab`` runs them in a machine that has all of it (``scripts/lab.py``); elsewhere they are
+skipped with what is missing. Booting takes seconds there, so most tests share one machine, which
+has a device of each kind.
+"""
+
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from kata_hybrid._native import vmm
+from lab_guest.image import GuestImage, ImageError, guest_image
+from lab_guest.machine import GuestError, Machine
+from lab_guest.restored import CHECKS, describe
+
+CACHES: tuple[Literal["never", "auto", "always"], ...] = ("never", "auto", "always")
+DISK_MIB = 64
+_EXT4_MIB = 1024
+_MOST_DESCRIPTORS = 8192
+_ANSWER_TIMEOUT_S = 15.0
+_TEST_TIMEOUT_S = 300
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.lab)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(_TEST_TIMEOUT_S))
+
+
+@pytest.fixture(scope="session")
+def image() -> Iterator[GuestImage]:
+    """The test guest, where a machine can run it."""
+    probe = vmm.probe_kvm()
+    if not probe.is_usable:
+        pytest.skip(f"{probe.reason} (make lab has a KVM that runs guests)")
+    if os.geteuid() != 0:
+        pytest.skip("the guest's root is the host's: only root may share it")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        image = guest_image()
+    except ImageError as error:
+        pytest.skip(str(error))
+    # A thousand streams are two thousand descriptors here, and root may have them.
+    most = max(limits[1], _MOST_DESCRIPTORS)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_MOST_DESCRIPTORS, most))
+    yield image
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.fixture(scope="session")
+def run_dir() -> Iterator[Path]:
+    """A folder with a short path: a socket's holds 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="kh-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def ext4(run_dir: Path, image: GuestImage) -> Iterator[Path]:
+    """A file system with extended attributes and direct I/O; a tmpfs has neither."""
+    del image
+    disk, folder = run_dir / "ext4.img", run_dir / "ext4"
+    folder.mkdir()
+    with disk.open("wb") as file:
+        file.truncate(_EXT4_MIB << 20)
+    subprocess.run(["mkfs.ext4", "-q", disk], check=True, timeout=60)
+    # Where it is built in there is no such module.
+    subprocess.run(["modprobe", "loop"], check=False, timeout=30)
+    subprocess.run(["mount", "-o", "loop", disk, folder], check=True, timeout=30)
+    yield folder
+    subprocess.run(["umount", folder], check=True, timeout=60)
+    disk.unlink()
+
+
+@pytest.fixture(scope="session")
+def disks(ext4: Path) -> dict[str, Path]:
+    """Images of the shared machine's disks, by their names, in their order."""
+    images = {name: ext4 / f"{name}.img" for name in ("io_uring", "sync", "read-only")}
+    for path in images.values():
+        with path.open("wb") as file:
+            file.truncate(DISK_MIB << 20)
+    images["read-only"].write_bytes(b"only to be read\n".ljust(1 << 20, b"."))
+    return images
+
+
+@pytest.fixture(scope="session")
+def folder(ext4: Path) -> Path:
+    """What the shared machine sees in ``/run/never``, ``/run/auto`` and ``/run/always``."""
+    path = ext4 / "folder"
+    path.mkdir()
+    return path
+
+
+class SharedMachine:
+    """A machine that tests use one after another; one that a test broke is replaced."""
+
+    def __init__(self, make: Callable[[], Machine]) -> None:
+        self._make = make
+        self._machine: Machine | None = None
+
+    def get(self) -> Machine:
+        """Give the machine, checked to answer."""
+        if self._machine is not None:
+            try:
+                self._machine.run("true", timeout_s=_ANSWER_TIMEOUT_S)
+            except GuestError:
+                # Whoever broke it may still hold parts of it.
+                self._machine.close(is_checked=False)
+                self._machine = None
+        if self._machine is None:
+            self._machine = self._make()
+            self._machine.start()
+        return self._machine
+
+    def close(self) -> None:
+        """End it, if there is one, and check that nothing is left."""
+        machine, self._machine = self._machine, None
+        if machine is not None:
+            machine.close()
+
+
+@pytest.fixture(scope="session")
+def _shared_machine(
+    image: GuestImage, run_dir: Path, disks: dict[str, Path], folder: Path
+) -> Iterator[SharedMachine]:
+    def make() -> Machine:
+        machine = Machine(image, run_dir)
+        machine.vm.add_disk(id="uring-disk", path=disks["io_uring"], engine="io_uring")
+        machine.vm.add_disk(id="sync-disk", path=disks["sync"], engine="sync")
+        machine.vm.add_disk(id="read-only", path=disks["read-only"], is_read_only=True)
+        machine.balloon = machine.vm.add_balloon()
+        for cache in CACHES:
+            machine.vm.add_folder(tag=cache, folder=folder, cache=cache)
+        machine.vm.add_folder(tag="checks", folder=CHECKS, is_read_only=True)
+        return machine
+
+    shared = SharedMachine(make)
+    yield shared
+    shared.close()
+
+
+@pytest.fixture(scope="session")
+def smp_disk(ext4: Path) -> Path:
+    """Image of the disk of the machine with four processors."""
+    path = ext4 / "smp.img"
+    with path.open("wb") as file:
+        file.truncate(DISK_MIB << 20)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smp_folder(ext4: Path) -> Path:
+    """Folder of the machine with four processors."""
+    path = ext4 / "smp"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture(scope="session")
+def _shared_smp(
+    image: GuestImage, run_dir: Path, smp_disk: Path, smp_folder: Path
+) -> Iterator[SharedMachine]:
+    place = run_dir / "smp"
+    place.mkdir()
+    shared = SharedMachine(lambda: describe(image, place, disk=smp_disk, folder=smp_folder))
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def smp(_shared_smp: SharedMachine) -> Machine:
+    """A shared machine with four processors, its folders mounted below ``/run``."""
+    machine = _shared_smp.get()
+    for tag in ("shared", "checks"):
+        machine.mount(tag)
+    return machine
+
+
+@pytest.fixture
+def guest(_shared_machine: SharedMachine) -> Machine:
+    """The shared machine, its folders mounted below ``/run``."""
+    machine = _shared_machine.get()
+    for tag in (*CACHES, "checks"):
+        machine.mount(tag)
+    return machine
