@@ -24,10 +24,12 @@ demo: setup ## Run a container in a virtual machine, with a real containerd, and
 	@$(BIN)/python scripts/demo.py $(ARGS)
 
 .PHONY: test
-test: setup ## Run all tests: Python, Rust, and integration on both containerds (needs root)
+test: setup ## Run all tests: Python, Rust, integration on both containerds, some in the lab (needs root)
 	$(BIN)/python -m pytest -m 'not integration and not vm and not lab'
 	cargo test --workspace --locked --quiet
-	KATA_HYBRID_REQUIRE=integration,vm $(BIN)/python -m pytest -m 'integration or vm'
+	KATA_HYBRID_REQUIRE=integration,vm $(BIN)/python -m pytest -m '(integration or vm) and not lab'
+	@PYTHONPATH=tests $(BIN)/python -m lab_guest.image
+	KATA_HYBRID_LAB_QUICK=1 $(BIN)/python scripts/lab.py --timeout $(LAB_SECONDS) -- scripts/lab_suite.sh
 
 .PHONY: test-unit
 test-unit: setup-dev ## Run the Python tests that need nothing but Python
@@ -43,6 +45,7 @@ test-harness: setup ## Run the integration tests against runc: a check of the te
 
 .PHONY: lab
 lab: setup ## Boot the lab, a machine whose KVM runs guests, and run its tests in it (ARGS='-k boot')
+	@PYTHONPATH=tests $(BIN)/python -m lab_guest.image
 	$(BIN)/python scripts/lab.py --timeout $(LAB_SECONDS) -- scripts/lab_suite.sh $(ARGS)
 
 .PHONY: lab-shell

@@ -29,6 +29,11 @@ FASTER_BOOT = (
     "noreplace-smp",
 )
 
+BUILTIN = (
+    # Its devices are not behind PCI, and looking for one costs an exit per register.
+    "pci=off",
+)
+
 
 def kernel_params(config: Config, name: HypervisorName) -> tuple[str, ...]:
     """Compose the parameters of the kernel that the monitor called ``name`` boots.
@@ -41,6 +46,7 @@ def kernel_params(config: Config, name: HypervisorName) -> tuple[str, ...]:
         *BASE,
         *(() if hypervisor.enable_debug else ("quiet",)),
         *FASTER_BOOT,
+        *(BUILTIN if name is HypervisorName.BUILTIN else ()),
         *_agent_params(config),
         *hypervisor.kernel_params,
     )

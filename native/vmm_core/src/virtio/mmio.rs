@@ -21,6 +21,7 @@ use virtio_core::ram::GuestRam;
 use virtio_core::ring::{Ring, RingState};
 
 use super::device::{Activation, DeviceError, DeviceKind, Queue, VirtioDevice, Watcher};
+use super::registers::{Registers, half, initial_queues, status};
 use crate::bus::{BusDevice, Outcome};
 use crate::event::VmEvents;
 use crate::interrupt::Interrupt;
@@ -35,39 +36,8 @@ const VERSION: u32 = 2;
 /// Nobody's: drivers don't look.
 const VENDOR: u32 = 0x4b48_5942;
 
-/// Device status bits (virtio 1.2, section 2.1).
-mod status {
-    pub(super) const ACKNOWLEDGE: u32 = 1;
-    pub(super) const DRIVER: u32 = 2;
-    pub(super) const DRIVER_OK: u32 = 4;
-    pub(super) const FEATURES_OK: u32 = 8;
-    pub(super) const NEEDS_RESET: u32 = 0x40;
-    pub(super) const FAILED: u32 = 0x80;
-}
-
 /// Times a device's trouble is told; further ones are only counted.
 const MAX_WARNINGS: u64 = 8;
-
-/// What the driver wrote of a queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct QueueRegisters {
-    size: u16,
-    is_ready: bool,
-    descriptors: u64,
-    available: u64,
-    used: u64,
-}
-
-/// What the driver wrote of the device.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Registers {
-    status: u32,
-    device_features_select: u32,
-    driver_features_select: u32,
-    driver_features: u64,
-    queue_select: u32,
-    queues: Vec<QueueRegisters>,
-}
 
 /// A device and its registers, as a snapshot keeps them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -479,29 +449,6 @@ impl Inner {
     }
 }
 
-impl QueueRegisters {
-    fn write(&mut self, offset: u64, value: u32, max_size: u16) {
-        match offset {
-            0x038 => {
-                // Anything else is found out when the ring is made.
-                if let Ok(size) = u16::try_from(value)
-                    && size <= max_size
-                {
-                    self.size = size;
-                }
-            }
-            0x044 => self.is_ready = value == 1,
-            0x080 => set_low(&mut self.descriptors, value),
-            0x084 => set_high(&mut self.descriptors, value),
-            0x090 => set_low(&mut self.available, value),
-            0x094 => set_high(&mut self.available, value),
-            0x0a0 => set_low(&mut self.used, value),
-            0x0a4 => set_high(&mut self.used, value),
-            _ => {}
-        }
-    }
-}
-
 impl BusDevice for MmioTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
@@ -528,33 +475,6 @@ impl BusDevice for MmioTransport {
         }
         Outcome::Continue
     }
-}
-
-fn initial_queues(sizes: &[u16]) -> Vec<QueueRegisters> {
-    sizes
-        .iter()
-        .map(|size| QueueRegisters {
-            size: *size,
-            ..QueueRegisters::default()
-        })
-        .collect()
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "halves of the word")]
-fn half(word: u64, select: u32) -> u32 {
-    match select {
-        0 => word as u32,
-        1 => (word >> 32) as u32,
-        _ => 0,
-    }
-}
-
-fn set_low(address: &mut u64, value: u32) {
-    *address = *address & !u64::from(u32::MAX) | u64::from(value);
-}
-
-fn set_high(address: &mut u64, value: u32) {
-    *address = *address & u64::from(u32::MAX) | u64::from(value) << 32;
 }
 
 /// An error and its causes in one line.

@@ -9,6 +9,7 @@ use rustix::event::epoll;
 use virtio_core::chain::Chain;
 use virtio_core::mock::{MockBuffer, MockDriver, mock_ram};
 
+use super::super::registers::half;
 use super::*;
 use crate::event::VmExit;
 
@@ -294,10 +295,11 @@ fn features_and_queues_are_settled_when_their_time_is_over() {
     assert_eq!(driver.take_used().len(), 1);
 }
 
+type Damage = fn(&Bench);
+
 #[test]
 fn a_queue_that_is_none_makes_the_device_ask_for_a_reset() {
     let bench = Bench::new();
-    type Damage = fn(&Bench);
     let broken: [(&str, Damage); 4] = [
         ("not ready", |_| ()),
         ("misaligned", |bench| {

@@ -12,6 +12,7 @@ pub mod mmio;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
 pub mod net;
+mod registers;
 pub mod rng;
 mod saved;
 pub mod throttle;
