@@ -4,6 +4,7 @@
 //! found out. Warnings besides, for a log. The owner passes the sink in; `pyext` has one that
 //! leads to Python's event loop.
 
+use std::error::Error;
 use std::fmt;
 
 /// Why a machine is no longer running.
@@ -61,4 +62,16 @@ pub trait VmEvents: Send + Sync {
 
     /// Something odd that was handled: a device that its driver broke, say.
     fn warning(&self, text: &str);
+}
+
+/// An error and its causes in one line, for a warning or a reason.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
 }

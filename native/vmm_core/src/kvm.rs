@@ -36,13 +36,13 @@ pub enum KvmError {
     #[error("/dev/kvm may not be opened by this user: permission denied")]
     PermissionDenied,
     /// the device file cannot be opened
-    #[error("open /dev/kvm: {0}")]
+    #[error("open /dev/kvm")]
     Open(#[source] kvm_ioctls::Error),
     /// an API that nobody has seen since 2007
     #[error("KVM API version is {0}, not {KVM_API_VERSION}")]
     ApiVersion(i32),
     /// a call failed
-    #[error("{name}: {source}")]
+    #[error("{name}")]
     Call {
         /// The ioctl.
         name: &'static str,
@@ -51,10 +51,10 @@ pub enum KvmError {
         source: kvm_ioctls::Error,
     },
     /// guest memory could not be made
-    #[error("allocate guest memory: {0}")]
+    #[error("allocate guest memory")]
     Allocate(#[source] vm_memory::mmap::FromRangesError),
     /// guest memory could not be written
-    #[error("write guest memory: {0}")]
+    #[error("write guest memory")]
     Memory(#[source] vm_memory::GuestMemoryError),
 }
 

@@ -23,6 +23,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 #[cfg(target_arch = "x86_64")]
 use crate::arch::probe_guest;
+use crate::event::chain;
 use crate::kvm::{self, KvmError};
 
 /// The guest runs some thirty instructions; this is for a host that is stuck.
@@ -50,11 +51,11 @@ pub fn probe_kvm() -> KvmProbe {
     };
     let kvm = match kvm::open() {
         Ok(kvm) => kvm,
-        Err(error) => return unusable(error.to_string(), None),
+        Err(error) => return unusable(chain(&error), None),
     };
     let api_version = match kvm::check_api_version(&kvm) {
         Ok(version) => version,
-        Err(error) => return unusable(error.to_string(), Some(kvm.get_api_version())),
+        Err(error) => return unusable(chain(&error), Some(kvm.get_api_version())),
     };
     match run_guarded(kvm) {
         Ok(seen) => KvmProbe {
@@ -96,7 +97,7 @@ fn run_guarded(kvm: kvm_ioctls::Kvm) -> Result<String, String> {
 
 #[cfg(target_arch = "x86_64")]
 fn run_guest(kvm: &Kvm) -> Result<String, String> {
-    let text = |error: KvmError| error.to_string();
+    let text = |error: KvmError| chain(&error);
     let range = [(GuestAddress(0), probe_guest::MEMORY_SIZE)];
     let memory = GuestMemoryMmap::from_ranges(&range)
         .map_err(KvmError::Allocate)
@@ -143,7 +144,7 @@ fn run_guest(kvm: &Kvm) -> Result<String, String> {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn run_guest(kvm: &kvm_ioctls::Kvm) -> Result<String, String> {
-    kvm::create_vm(kvm).map_err(|error: KvmError| error.to_string())?;
+    kvm::create_vm(kvm).map_err(|error: KvmError| chain(&error))?;
     Err("the probe has no guest for this architecture".to_owned())
 }
 

@@ -111,6 +111,7 @@ def _enum(kind: type[Enum], *, aliases: Mapping[str, str] | None = None) -> Chec
 
 _PORT = _integer(1, _MAX_U32 - 1)
 _MILLISECONDS = _integer(1, 24 * 3600 * 1000)
+_RATE = _integer(0, 2**63 - 1)
 
 _HYPERVISOR_KEYS: Mapping[str, Key] = {
     "kernel": Key("kernel", _absolute_path),
@@ -133,6 +134,10 @@ BUILTIN_KEYS: Mapping[str, Key] = {
     ),
     "block_device_aio": Key("block_engine", _enum(BlockEngine, aliases={"": "io_uring"})),
     "block_device_cache_direct": Key("is_block_direct", _boolean),
+    "disk_rate_limiter_bw_max_rate": Key("disk_bandwidth_bits", _RATE),
+    "disk_rate_limiter_bw_one_time_burst": Key("disk_bandwidth_burst_bits", _RATE),
+    "disk_rate_limiter_ops_max_rate": Key("disk_operations", _RATE),
+    "disk_rate_limiter_ops_one_time_burst": Key("disk_operations_burst", _RATE),
     "reclaim_guest_freed_memory": Key("reclaim_guest_freed_memory", _boolean),
 }
 

@@ -85,6 +85,14 @@ class BuiltinConfig(HypervisorConfig):
     is_block_direct: bool = False
     """Key ``block_device_cache_direct``."""
     reclaim_guest_freed_memory: bool = False
+    disk_bandwidth_bits: int = 0
+    """Key ``disk_rate_limiter_bw_max_rate``, bits each second; 0: no limit."""
+    disk_bandwidth_burst_bits: int = 0
+    """Key ``disk_rate_limiter_bw_one_time_burst``."""
+    disk_operations: int = 0
+    """Key ``disk_rate_limiter_ops_max_rate``, requests each second; 0: no limit."""
+    disk_operations_burst: int = 0
+    """Key ``disk_rate_limiter_ops_one_time_burst``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from kata_hybrid.config.model import BlockEngine, BuiltinConfig
 from kata_hybrid.errors import (
     InternalError,
     InvalidArgumentError,
+    InvalidConfigError,
     InvalidStateError,
     KataError,
     KvmAccessError,
@@ -47,10 +48,19 @@ _START_TIMEOUT_S = 60.0
 """Reading a kernel from a slow disk, and filling gigabytes of huge pages with zeros."""
 _STOP_TIMEOUT_S = 20.0
 _MAX_DISKS = 12
+_HUGE_PAGE_MIB = 2
 _KVM_DEVICE = "/dev/kvm"
 
 _console_log = logging.getLogger("kata_hybrid.guest.console")
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskLimit:
+    """How much a disk may do in a second: bytes or requests, and more of them once."""
+
+    per_second: int
+    one_time_burst: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,17 +70,37 @@ class BuiltinSettings:
     has_hugepages: bool = False
     block_engine: BlockEngine = BlockEngine.IO_URING
     is_block_direct: bool = False
+    disk_bandwidth: DiskLimit | None = None
+    disk_operations: DiskLimit | None = None
     reclaims_freed_memory: bool = False
 
 
 def builtin_settings(config: BuiltinConfig) -> BuiltinSettings:
-    """Take what is configured."""
+    """Take what is configured.
+
+    Raises:
+        InvalidConfigError: the memory is no whole number of huge pages.
+    """
+    if config.enable_hugepages and config.memory_mib % _HUGE_PAGE_MIB:
+        message = (
+            f"hypervisor.builtin.default_memory = {config.memory_mib} is no multiple of "
+            f"{_HUGE_PAGE_MIB}, the MiB of a huge page (enable_hugepages)"
+        )
+        raise InvalidConfigError(message)
     return BuiltinSettings(
         has_hugepages=config.enable_hugepages,
         block_engine=config.block_engine,
         is_block_direct=config.is_block_direct,
+        disk_bandwidth=_disk_limit(
+            config.disk_bandwidth_bits // 8, burst=config.disk_bandwidth_burst_bits // 8
+        ),
+        disk_operations=_disk_limit(config.disk_operations, burst=config.disk_operations_burst),
         reclaims_freed_memory=config.reclaim_guest_freed_memory,
     )
+
+
+def _disk_limit(per_second: int, *, burst: int) -> DiskLimit | None:
+    return DiskLimit(per_second=per_second, one_time_burst=burst) if per_second else None
 
 
 class BuiltinHypervisor:
@@ -193,6 +223,8 @@ class BuiltinHypervisor:
                 is_read_only=disk.is_read_only,
                 is_direct=settings.is_block_direct,
                 engine="auto" if settings.block_engine is BlockEngine.IO_URING else "sync",
+                bandwidth=_native_limit(settings.disk_bandwidth),
+                operations=_native_limit(settings.disk_operations),
             )
             if node != _disk_node(index):
                 message = f"disk {disk.id} is {node}, {_disk_node(index)} was promised"
@@ -271,6 +303,14 @@ def _explain(vm: vmm.Vm | None) -> VmExit:
 
 def _console_tail(vm: vmm.Vm) -> str:
     return printable_lines(vm.console_tail())
+
+
+def _native_limit(limit: DiskLimit | None) -> vmm.Limit | None:
+    if limit is None:
+        return None
+    return vmm.Limit(
+        size=limit.per_second, refill_time_ms=1000, one_time_burst=limit.one_time_burst
+    )
 
 
 def _disk_node(index: int) -> str:

@@ -17,6 +17,7 @@ from kata_hybrid.aio.events import NativeEvents
 from kata_hybrid.config.model import BlockEngine, BuiltinConfig
 from kata_hybrid.errors import (
     InvalidArgumentError,
+    InvalidConfigError,
     KataError,
     KvmAccessError,
     ResourceExhaustedError,
@@ -24,7 +25,12 @@ from kata_hybrid.errors import (
 )
 from kata_hybrid.hypervisor import builtin
 from kata_hybrid.hypervisor.base import MachineConfig
-from kata_hybrid.hypervisor.builtin import BuiltinHypervisor, BuiltinSettings, builtin_settings
+from kata_hybrid.hypervisor.builtin import (
+    BuiltinHypervisor,
+    BuiltinSettings,
+    DiskLimit,
+    builtin_settings,
+)
 from kata_hybrid.types import BlockDevice, HostFolder, VhostUserFs
 from tiny_kernel import End, tiny_kernel
 
@@ -175,7 +181,10 @@ async def test_every_device_is_taken_and_a_stale_socket_replaced(run_dir: Path) 
     (run_dir / "agent.sock").touch()
     (run_dir / "image").write_bytes(bytes(4096))
     settings = BuiltinSettings(
-        block_engine=BlockEngine.THREADS, is_block_direct=False, reclaims_freed_memory=True
+        block_engine=BlockEngine.THREADS,
+        disk_bandwidth=DiskLimit(per_second=1 << 20),
+        disk_operations=DiskLimit(per_second=100, one_time_burst=5),
+        reclaims_freed_memory=True,
     )
     machine = make(run_dir, settings=settings)
     machine.add_disk(BlockDevice(id="root", path=run_dir / "image", is_read_only=True))
@@ -219,13 +228,24 @@ def test_settings_are_what_is_configured() -> None:
         block_engine=BlockEngine.THREADS,
         is_block_direct=True,
         reclaim_guest_freed_memory=True,
+        disk_bandwidth_bits=800,
+        disk_bandwidth_burst_bits=80,
+        disk_operations=7,
     )
     assert builtin_settings(config) == BuiltinSettings(
+        disk_bandwidth=DiskLimit(per_second=100, one_time_burst=10),
+        disk_operations=DiskLimit(per_second=7),
         has_hugepages=True,
         block_engine=BlockEngine.THREADS,
         is_block_direct=True,
         reclaims_freed_memory=True,
     )
+
+
+def test_memory_that_is_no_number_of_huge_pages_is_refused() -> None:
+    with pytest.raises(InvalidConfigError, match="default_memory = 513"):
+        builtin_settings(BuiltinConfig(enable_hugepages=True, memory_mib=513))
+    assert not builtin_settings(BuiltinConfig(memory_mib=513)).has_hugepages
 
 
 def test_a_machines_odd_moments_are_warnings(caplog: pytest.LogCaptureFixture) -> None:

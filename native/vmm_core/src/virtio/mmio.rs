@@ -23,7 +23,7 @@ use virtio_core::ring::{Ring, RingState};
 use super::device::{Activation, DeviceError, DeviceKind, Queue, VirtioDevice, Watcher};
 use super::registers::{Registers, half, initial_queues, status};
 use crate::bus::{BusDevice, Outcome};
-use crate::event::VmEvents;
+use crate::event::{VmEvents, chain};
 use crate::interrupt::Interrupt;
 
 /// Where the driver rings a queue's bell (`QueueNotify`).
@@ -475,18 +475,6 @@ impl BusDevice for MmioTransport {
         }
         Outcome::Continue
     }
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]
