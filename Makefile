@@ -6,6 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A short fuzzing run; make fuzz SECONDS_EACH=600 for a real one.
 SECONDS_EACH ?= 60
+# Longest time for everything that make lab runs.
+LAB_SECONDS ?= 1500
 # More arguments for pytest, e.g. make test-unit ARGS='-k frame'
 ARGS ?=
 
@@ -23,13 +25,13 @@ demo: setup ## Run a container in a virtual machine, with a real containerd, and
 
 .PHONY: test
 test: setup ## Run all tests: Python, Rust, and integration on both containerds (needs root)
-	$(BIN)/python -m pytest -m 'not integration and not vm'
+	$(BIN)/python -m pytest -m 'not integration and not vm and not lab'
 	cargo test --workspace --locked --quiet
 	KATA_HYBRID_REQUIRE=integration,vm $(BIN)/python -m pytest -m 'integration or vm'
 
 .PHONY: test-unit
 test-unit: setup-dev ## Run the Python tests that need nothing but Python
-	$(BIN)/python -m pytest -m 'not integration and not vm' $(ARGS)
+	$(BIN)/python -m pytest -m 'not integration and not vm and not lab' $(ARGS)
 
 .PHONY: test-integration
 test-integration: setup ## Run the integration tests (ARGS='--containerd 2 -k exec' for some)
@@ -38,6 +40,14 @@ test-integration: setup ## Run the integration tests (ARGS='--containerd 2 -k ex
 .PHONY: test-harness
 test-harness: setup ## Run the integration tests against runc: a check of the tests themselves
 	$(BIN)/python -m pytest -m integration --runtime io.containerd.runc.v2 $(ARGS)
+
+.PHONY: lab
+lab: setup ## Boot the lab, a machine whose KVM runs guests, and run its tests in it (ARGS='-k boot')
+	$(BIN)/python scripts/lab.py --timeout $(LAB_SECONDS) -- scripts/lab_suite.sh $(ARGS)
+
+.PHONY: lab-shell
+lab-shell: setup ## Boot the lab and get a shell in it
+	@$(BIN)/python scripts/lab.py --shell
 
 .PHONY: check
 check: setup-dev ## Format, lint, types, layering, generated code

@@ -1,10 +1,12 @@
-"""The Cython side of ``virtio_core/benches/vsock_packet.rs``: the same items, the same sizes.
+"""The Cython side of two benchmarks in Rust: the same items, the same sizes.
 
-- ``vsock_packet_parse``: one item is one 44-byte header, decoded from a contiguous buffer and
-  judged by the device's rules (addresses, type, operation, length). 256 headers a call.
-- ``virtqueue_walk``: one item is one chain of two descriptors (44 + 4096 bytes) taken from the
-  available ring, both descriptors read and checked against guest memory, the header copied out
-  and decoded, and the chain put into the used ring. 128 chains a call.
+- ``vsock_packet_parse``, of ``native/virtio_core/benches/vsock_packet.rs``: one item is one 44-byte
+  header, decoded from a contiguous buffer and judged by the device's rules (addresses, type,
+  operation, length). 256 headers a call.
+- ``virtqueue_walk``, of ``native/virtio_core/benches/ring.rs``: one item is one chain of two
+  descriptors (44 + 4096 bytes) taken from the available ring, both descriptors read and checked
+  against guest memory, the header copied out and decoded, and the chain put into the used ring.
+  128 chains a call.
 
 Each call works on a whole batch inside of Cython, so the interpreter's share of an item is well
 below a nanosecond. Divide a call's time by :data:`HEADERS` or :data:`CHAINS`, and criterion's time

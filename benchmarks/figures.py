@@ -88,9 +88,7 @@ PROMISES = (
     Promise(
         name="virtqueue_walk",
         unit="ns",
-        # The reference indexes one flat buffer; the device goes through a map of memory regions
-        # and atomic ring accesses.
-        limit=None,
+        limit=1.0,
         better="lower",
         about="one descriptor chain walked, Rust over regions / Cython over a flat buffer",
     ),

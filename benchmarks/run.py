@@ -3,7 +3,7 @@
     parts  actions     bench_actions.py            pytest-benchmark
            containers  bench_containers.py         pytest-benchmark, on a containerd of its own
            vsock_io    native/vsock_io/benches/    criterion, plain copies as the reference
-           packets     native/vsock_io/benches/    criterion for Rust, pytest-benchmark for Cython
+           packets     native/*/benches/           criterion for Rust, pytest-benchmark for Cython
 
 Every figure is a ratio of two sides taken here and now; nothing is compared with another machine
 or another day. A part that fails leaves its figures unmeasured, and an unmeasured figure does not
@@ -139,7 +139,7 @@ def measure_vsock_io(keep: Keep) -> None:
     Raises:
         PartError: a benchmark failed.
     """
-    programs = _build_criterion("vsock_io", ("agent_round_trip", "stdout_pump"))
+    programs = _build_criterion(("agent_round_trip", "stdout_pump"))
 
     _say(f"    agent_round_trip, {criterion.ROUNDS} rounds …")
     ours, reference = "agent_round_trip/client", "agent_round_trip/raw"
@@ -170,13 +170,17 @@ def measure_packets(keep: Keep) -> None:
     Raises:
         PartError: a benchmark failed.
     """
-    functions = {
-        "vsock_packet_parse": "vsock_packet/parse",
-        "virtqueue_walk": "virtqueue/walk",
+    sources = {
+        # Figure, crate, benchmark, function.
+        "vsock_packet_parse": ("virtio_core", "vsock_packet", "vsock_packet/parse"),
+        "virtqueue_walk": ("virtio_core", "ring", "virtqueue/walk"),
     }
-    rust: dict[str, list[float]] = {name: [] for name in functions}
-    cython: dict[str, list[float]] = {name: [] for name in functions}
-    program = _build_criterion("virtio_core", ("vsock_packet",))["vsock_packet"]
+    rust: dict[str, list[float]] = {name: [] for name in sources}
+    cython: dict[str, list[float]] = {name: [] for name in sources}
+    programs = {
+        name: _build_criterion((bench,), package=package)[bench]
+        for name, (package, bench, _) in sources.items()
+    }
     for number in range(1, _PACKET_ROUNDS + 1):
         _say(f"    round {number} of {_PACKET_ROUNDS} …")
         run_pytest("bench_packet_reference.py", keep)
@@ -185,10 +189,10 @@ def measure_packets(keep: Keep) -> None:
             name = benchmark["name"].removeprefix("test_")
             items[name] = benchmark["extra_info"]["items"]
             cython[name] += [sample / items[name] for sample in benchmark["stats"]["data"]]
-        seconds = _run_criterion(program, tuple(functions.values()), samples=1000, rounds=1)
-        for name, function in functions.items():
+        for name, (_, _, function) in sources.items():
+            seconds = _run_criterion(programs[name], (function,), samples=1000, rounds=1)
             rust[name] += [sample / items[name] for sample in seconds[function]]
-    for name in functions:
+    for name in sources:
         keep(
             {
                 "name": name,
@@ -198,7 +202,9 @@ def measure_packets(keep: Keep) -> None:
         )
 
 
-def _build_criterion(package: str, names: tuple[str, ...]) -> dict[str, criterion.Program]:
+def _build_criterion(
+    names: tuple[str, ...], *, package: str = "vsock_io"
+) -> dict[str, criterion.Program]:
     """Build these benchmarks of a crate."""
     _say("    building …")
     try:

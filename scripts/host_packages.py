@@ -57,6 +57,17 @@ REQUIREMENTS = (
     ),
     Requirement(package="util-linux", probe="setpriv", reason="setpriv ties helpers to the shim"),
     Requirement(package="busybox-static", probe="/bin/busybox", reason="content of the test image"),
+    Requirement(package="iproute2", probe="ip", reason="the lab's loopback; networks of the tests"),
+    Requirement(package="kmod", probe="modprobe", reason="kernel modules in the lab"),
+    Requirement(
+        package="binutils",
+        probe="strings",
+        reason="virtme-ng reads the version of the lab's kernel",
+    ),
+    Requirement(package="fio", probe="fio", reason="checks and measures disks in the lab"),
+    Requirement(package="iperf3", probe="iperf3", reason="checks and measures networks in the lab"),
+    Requirement(package="stress-ng", probe="stress-ng", reason="load for tests in the lab"),
+    Requirement(package="e2fsprogs", probe="mkfs.ext4", reason="file systems on the tests' disks"),
     Requirement(package="lz4", probe="lz4", reason="unpacks Debian's kernel for the guest"),
     Requirement(package="zstd", probe="zstd", reason="unpacks kernel modules and packages"),
     Requirement(

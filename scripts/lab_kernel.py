@@ -1,8 +1,7 @@
 """The lab's kernel: Debian's ordinary one, unpacked below ``build/lab``, never installed.
 
 Not the cloud kernel that guests run, which lacks modules that virtme-ng needs (9p). Called by
-set-up and by ``scripts/lab.py``. Standard
-library only.
+set-up and by ``scripts/lab.py``. Standard library only.
 """
 
 import lzma

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import busybox_image
+import lab_kernel
 from go_build import CONTAINERD_2_BIN, CONTAINERD_VERSION, PROGRAMS, build_containerd
 from host_packages import CONTAINERD_1_BIN, install_packages, unpack_containerd
 from setup_steps import BUILD, ROOT, SetupError, Step, run, run_steps
@@ -186,6 +187,13 @@ def steps() -> list[Step]:
             run=build_containerd,
             salt=CONTAINERD_VERSION,
             outputs=tuple(CONTAINERD_2_BIN / program for program in PROGRAMS),
+        ),
+        Step(
+            name="lab-kernel",
+            title="The lab's kernel (Debian's, unpacked in build/)",
+            run=lab_kernel.unpack_lab_kernel,
+            inputs=(Path(lab_kernel.__file__),),
+            outputs=(lab_kernel.TREE / "boot",),
         ),
     ]
 

@@ -1,7 +1,8 @@
 """Settings for every suite: what a test lacked may be a skip for a person, never for CI.
 
 ``KATA_HYBRID_REQUIRE=integration,vm`` turns a skip of a test with one of these markers into a
-failure, so a machine that silently lost its containerd or its guest can't pass.
+failure, so a machine that silently lost its containerd or its guest can't pass. Tests marked
+``lab`` run where ``scripts/lab.py`` says so and ``/dev/kvm`` opens, and are skipped elsewhere.
 """
 
 import os
@@ -19,6 +20,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--containerd", choices=["1", "2"], action="append", help="major version(s) to use (all)"
     )
+
+
+def missing_for_lab() -> str:
+    """Say what a test marked ``lab`` lacks here, or return an empty string."""
+    if os.environ.get("KATA_HYBRID_LAB") != "1":
+        return "needs the lab: make lab"
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"the lab has no usable KVM: {error}"
+    return ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("lab") is not None and (missing := missing_for_lab()):
+        pytest.skip(missing)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -133,6 +133,25 @@ def vm_containers(containers: Containers) -> Containers:
 
 
 @pytest.fixture
+def qemu_containers(vm_containers: Containers, configuration: Path, tmp_path: Path) -> Containers:
+    """Containers in machines of QEMU's: for what is done to a process that the machine is.
+
+    The machine of the built-in monitor is threads of the shim, which nobody can kill or stop alone.
+    """
+    path = tmp_path / "configuration.toml"
+    shutil.copy(configuration, path)
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d" / "10-qemu").write_text('[runtime]\nhypervisor_name = "qemu"\n')
+    return Containers(
+        vm_containers.containerd,
+        runtime=vm_containers.runtime,
+        image=vm_containers.image,
+        boot_timeout_s=vm_containers.boot_timeout_s,
+        configuration=path,
+    )
+
+
+@pytest.fixture
 def events(daemon: Containerd) -> Iterator[EventWatcher]:
     with EventWatcher(daemon) as watcher:
         yield watcher

@@ -53,17 +53,17 @@ def test_shim_killed_while_the_client_waits(containers: Containers, events: Even
 
 
 def test_machine_killed(
-    vm_containers: Containers, daemon: Containerd, events: EventWatcher
+    qemu_containers: Containers, daemon: Containerd, events: EventWatcher
 ) -> None:
-    with vm_containers.detached("sleep", "1000") as name:
+    with qemu_containers.detached("sleep", "1000") as name:
         os.kill(the_process(daemon, "qemu-system").pid, signal.SIGKILL)
-        assert_lost_but_deletable(vm_containers, events, name)
+        assert_lost_but_deletable(qemu_containers, events, name)
 
 
 def test_machine_killed_while_the_client_waits(
-    vm_containers: Containers, daemon: Containerd, events: EventWatcher
+    qemu_containers: Containers, daemon: Containerd, events: EventWatcher
 ) -> None:
-    with vm_containers.foreground("sh", "-c", "echo ready; sleep 1000") as (name, process):
+    with qemu_containers.foreground("sh", "-c", "echo ready; sleep 1000") as (name, process):
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         events.wait("/tasks/start", name)
@@ -72,10 +72,10 @@ def test_machine_killed_while_the_client_waits(
 
 
 def test_machine_killed_during_an_exec(
-    vm_containers: Containers, daemon: Containerd, events: EventWatcher
+    qemu_containers: Containers, daemon: Containerd, events: EventWatcher
 ) -> None:
-    with vm_containers.detached("sleep", "1000") as name:
-        arguments = vm_containers.exec_arguments(name, ["sleep", "1000"], exec_id="ex")
+    with qemu_containers.detached("sleep", "1000") as name:
+        arguments = qemu_containers.exec_arguments(name, ["sleep", "1000"], exec_id="ex")
         process = daemon.popen(*arguments)
         try:
             events.wait("/tasks/exec-started", name, process_id="ex")
@@ -85,17 +85,17 @@ def test_machine_killed_during_an_exec(
         finally:
             process.kill()
             process.communicate()
-        assert_lost_but_deletable(vm_containers, events, name)
+        assert_lost_but_deletable(qemu_containers, events, name)
 
 
 def test_share_daemon_killed(
-    vm_containers: Containers, daemon: Containerd, events: EventWatcher
+    qemu_containers: Containers, daemon: Containerd, events: EventWatcher
 ) -> None:
-    with vm_containers.detached("sleep", "1000") as name:
+    with qemu_containers.detached("sleep", "1000") as name:
         for process in find_processes(daemon, name="virtiofsd"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-        assert_lost_but_deletable(vm_containers, events, name)
+        assert_lost_but_deletable(qemu_containers, events, name)
 
 
 def test_guest_kernel_panics(vm_containers: Containers, events: EventWatcher) -> None:
@@ -132,18 +132,18 @@ def test_agent_ends(vm_containers: Containers, daemon: Containerd, events: Event
 
 
 def test_frozen_guest_does_not_freeze_the_shim(
-    vm_containers: Containers, daemon: Containerd, events: EventWatcher
+    qemu_containers: Containers, daemon: Containerd, events: EventWatcher
 ) -> None:
     # An agent that no longer answers looks just like a machine that is stopped.
-    with vm_containers.detached("sleep", "1000") as name:
+    with qemu_containers.detached("sleep", "1000") as name:
         os.kill(the_process(daemon, "qemu-system").pid, signal.SIGSTOP)
-        assert vm_containers.task(name).status == "RUNNING"
+        assert qemu_containers.task(name).status == "RUNNING"
         killer = daemon.popen("t", "kill", "-s", "SIGKILL", name)
         try:
             assert events.wait("/tasks/exit", name, timeout_s=90).exit_status in _LOST
         finally:
             killer.communicate(timeout=60)
-        assert vm_containers.task(name).status == "STOPPED"
+        assert qemu_containers.task(name).status == "STOPPED"
         daemon.attempt("t", "rm", name)
 
 

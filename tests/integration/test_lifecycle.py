@@ -252,13 +252,39 @@ def test_two_containers_of_a_pod_share_one_sandbox(containers: Containers) -> No
         assert containers.shim_pid(sandbox) == containers.shim_pid(container)
         if containers.is_virtual:
             shim = containers.shim_pid(sandbox)
-            machines = find_processes(containers.containerd, name="qemu-system")
-            assert len([machine for machine in machines if machine.parent == shim]) == 1
+            assert len(machines_of(shim, containers)) == 1
             boots = {
                 containers.exec(name, "cat", "/proc/sys/kernel/random/boot_id").text
                 for name in (sandbox, container)
             }
             assert len(boots) == 1
+
+
+def machines_of(shim: int, containers: Containers) -> list[str]:
+    """The machines of a shim: QEMU among its children, or one with threads in it."""
+    children = find_processes(containers.containerd, name="qemu-system")
+    threads = Path(f"/proc/{shim}/task").glob("*/comm")
+    return [
+        *(child.command for child in children if child.parent == shim),
+        *(name for name in (path.read_text().strip() for path in threads) if name == "vcpu-0"),
+    ]
+
+
+def test_a_sandbox_is_one_process_unless_qemu_runs_it(vm_containers: Containers) -> None:
+    with vm_containers.detached("sleep", "1000") as name:
+        shim = vm_containers.shim_pid(name)
+        others = [
+            process.name
+            for process in find_processes(vm_containers.containerd)
+            if process.pid != shim
+        ]
+        threads = [path.read_text().strip() for path in Path(f"/proc/{shim}/task").glob("*/comm")]
+        if "vmm-io" in threads:
+            assert others == []
+            assert sorted(threads) == ["kata-hybrid", "vcpu-0", "vmm-io", "vsock-io"]
+            assert vm_containers.task(name).pid == shim
+        else:
+            assert sorted(others) == ["qemu-system-x86", "virtiofsd"]
 
 
 def test_containers_of_a_pod_have_their_own_files_and_processes(containers: Containers) -> None:

@@ -25,6 +25,16 @@ CACHES: tuple[Literal["never", "auto", "always"], ...] = ("never", "auto", "alwa
 DISK_MIB = 64
 _EXT4_MIB = 1024
 _MOST_DESCRIPTORS = 8192
+_TEST_TIMEOUT_S = 300
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.lab)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(_TEST_TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 
 from lab_guest.machine import GuestError, Machine
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

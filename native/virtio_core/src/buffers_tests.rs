@@ -1,10 +1,5 @@
 //! Whatever way the driver cuts its memory up, bytes move as if it were one piece.
 
-use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
-
 use proptest::collection::vec;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -72,16 +67,6 @@ impl Cut {
         bytes.extend([0; 16]);
         bytes
     }
-}
-
-/// A file with nothing in it and no name.
-fn file(name: &str) -> File {
-    let path = std::env::temp_dir().join(format!("virtio_core-{}-{name}", std::process::id()));
-    let mut options = File::options();
-    let opened = options.read(true).write(true).create_new(true).open(&path);
-    let file = opened.unwrap();
-    fs::remove_file(path).unwrap();
-    file
 }
 
 fn cases() -> ProptestConfig {
@@ -178,81 +163,6 @@ proptest! {
     }
 }
 
-// Miri knows no scattered reads and writes.
-#[cfg(not(miri))]
-proptest! {
-    #![proptest_config(cases())]
-
-    #[test]
-    fn any_cut_sends_the_bytes_that_are_in_memory(it in any_cut(), skip in 0usize..12_000) {
-        let skip = skip.min(it.bytes.len());
-        for is_socket in [true, false] {
-            let (mut host, device) = UnixStream::pair().unwrap();
-            let mut sent = skip;
-            while sent < it.bytes.len() {
-                sent += if is_socket {
-                    it.buffers.send(device.as_fd(), sent).unwrap()
-                } else {
-                    it.buffers.write_to(device.as_fd(), sent).unwrap()
-                };
-            }
-            prop_assert_eq!(it.buffers.send(device.as_fd(), sent).unwrap(), 0);
-            drop(device);
-            let mut received = Vec::new();
-            host.read_to_end(&mut received).unwrap();
-            prop_assert_eq!(&received, &it.bytes[skip..]);
-        }
-    }
-
-    #[test]
-    fn any_cut_is_filled_in_order(it in any_cut()) {
-        let total = it.bytes.len();
-        it.buffers.fill_zero(0, total);
-        let (mut host, device) = UnixStream::pair().unwrap();
-        host.write_all(&it.bytes).unwrap();
-        drop(host);
-        let mut received = 0;
-        loop {
-            let count = it.buffers.range(received, total).receive(device.as_fd()).unwrap();
-            if count == 0 {
-                break;
-            }
-            received += count;
-        }
-        prop_assert_eq!(received, total);
-        prop_assert_eq!(it.memory(), it.expect(|_| {}));
-    }
-
-    #[test]
-    fn files_are_written_and_read_at_positions(
-        it in any_cut(), skip in 0usize..12_000, position in 0u64..0x1_0000_0000,
-    ) {
-        let total = it.bytes.len();
-        let skip = skip.min(total);
-        let mut file = file("positions");
-        let mut done = skip;
-        while done < total {
-            let to = position + (done - skip) as u64;
-            done += it.buffers.write_at(file.as_fd(), done, to).unwrap();
-        }
-        file.seek(SeekFrom::Start(position)).unwrap();
-        let mut written = Vec::new();
-        file.read_to_end(&mut written).unwrap();
-        prop_assert_eq!(&written, &it.bytes[skip..]);
-
-        it.buffers.fill_zero(0, total);
-        let mut done = skip;
-        while done < total {
-            let from = position + (done - skip) as u64;
-            done += it.buffers.read_at(file.as_fd(), done, from).unwrap();
-        }
-        prop_assert_eq!(it.memory(), it.expect(|bytes| bytes[..skip].fill(0)));
-        // The end of the file.
-        let end = position + (total - skip) as u64;
-        prop_assert_eq!(it.buffers.read_at(file.as_fd(), 0, end).unwrap(), 0);
-    }
-}
-
 #[test]
 fn what_is_not_memory_is_not_added() {
     let ram = ram();
@@ -316,34 +226,125 @@ fn memory_stays_mapped_for_who_has_buffers_of_it() {
     assert_eq!(part.read_array(0), Some([0, 1, 2]));
 }
 
+/// Sockets and files. Miri knows no scattered reads and writes.
 #[cfg(not(miri))]
-#[test]
-fn a_closed_peer_is_an_error_not_a_signal() {
-    let it = cut(0x1000, &[1]);
-    let (host, device) = UnixStream::pair().unwrap();
-    drop(host);
-    let error = it.buffers.send(device.as_fd(), 0).unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
-}
+mod kernel {
+    use std::fs::{self, File};
+    use std::io::{Read, Seek, SeekFrom, Write};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
 
-#[cfg(not(miri))]
-#[test]
-fn a_socket_with_nothing_would_block() {
-    let it = cut(0x1000, &[1]);
-    let (_host, device) = UnixStream::pair().unwrap();
-    device.set_nonblocking(true).unwrap();
-    let error = it.buffers.receive(device.as_fd()).unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-}
+    use super::*;
 
-#[cfg(not(miri))]
-#[test]
-fn a_position_no_file_has_is_an_error() {
-    let it = cut(0x1000, &[4]);
-    let file = file("position");
-    for position in [u64::MAX, 1 << 63, i64::MAX.cast_unsigned()] {
-        assert!(it.buffers.read_at(file.as_fd(), 0, position).is_err());
-        assert!(it.buffers.write_at(file.as_fd(), 0, position).is_err());
+    /// A file with nothing in it and no name.
+    fn file(name: &str) -> File {
+        let path = std::env::temp_dir().join(format!("virtio_core-{}-{name}", std::process::id()));
+        let mut options = File::options();
+        let opened = options.read(true).write(true).create_new(true).open(&path);
+        let file = opened.unwrap();
+        fs::remove_file(path).unwrap();
+        file
     }
-    assert_eq!(file.metadata().unwrap().len(), 0);
+
+    proptest! {
+        #![proptest_config(cases())]
+
+        #[test]
+        fn any_cut_sends_the_bytes_that_are_in_memory(it in any_cut(), skip in 0usize..12_000) {
+            let skip = skip.min(it.bytes.len());
+            for is_socket in [true, false] {
+                let (mut host, device) = UnixStream::pair().unwrap();
+                let mut sent = skip;
+                while sent < it.bytes.len() {
+                    sent += if is_socket {
+                        it.buffers.send(device.as_fd(), sent).unwrap()
+                    } else {
+                        it.buffers.write_to(device.as_fd(), sent).unwrap()
+                    };
+                }
+                prop_assert_eq!(it.buffers.send(device.as_fd(), sent).unwrap(), 0);
+                drop(device);
+                let mut received = Vec::new();
+                host.read_to_end(&mut received).unwrap();
+                prop_assert_eq!(&received, &it.bytes[skip..]);
+            }
+        }
+
+        #[test]
+        fn any_cut_is_filled_in_order(it in any_cut()) {
+            let total = it.bytes.len();
+            it.buffers.fill_zero(0, total);
+            let (mut host, device) = UnixStream::pair().unwrap();
+            host.write_all(&it.bytes).unwrap();
+            drop(host);
+            let mut received = 0;
+            loop {
+                let count = it.buffers.range(received, total).receive(device.as_fd()).unwrap();
+                if count == 0 {
+                    break;
+                }
+                received += count;
+            }
+            prop_assert_eq!(received, total);
+            prop_assert_eq!(it.memory(), it.expect(|_| {}));
+        }
+
+        #[test]
+        fn files_are_written_and_read_at_positions(
+            it in any_cut(), skip in 0usize..12_000, position in 0u64..0x1_0000_0000,
+        ) {
+            let total = it.bytes.len();
+            let skip = skip.min(total);
+            let mut file = file("positions");
+            let mut done = skip;
+            while done < total {
+                let to = position + (done - skip) as u64;
+                done += it.buffers.write_at(file.as_fd(), done, to).unwrap();
+            }
+            file.seek(SeekFrom::Start(position)).unwrap();
+            let mut written = Vec::new();
+            file.read_to_end(&mut written).unwrap();
+            prop_assert_eq!(&written, &it.bytes[skip..]);
+
+            it.buffers.fill_zero(0, total);
+            let mut done = skip;
+            while done < total {
+                let from = position + (done - skip) as u64;
+                done += it.buffers.read_at(file.as_fd(), done, from).unwrap();
+            }
+            prop_assert_eq!(it.memory(), it.expect(|bytes| bytes[..skip].fill(0)));
+            // The end of the file.
+            let end = position + (total - skip) as u64;
+            prop_assert_eq!(it.buffers.read_at(file.as_fd(), 0, end).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn a_closed_peer_is_an_error_not_a_signal() {
+        let it = cut(0x1000, &[1]);
+        let (host, device) = UnixStream::pair().unwrap();
+        drop(host);
+        let error = it.buffers.send(device.as_fd(), 0).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn a_socket_with_nothing_would_block() {
+        let it = cut(0x1000, &[1]);
+        let (_host, device) = UnixStream::pair().unwrap();
+        device.set_nonblocking(true).unwrap();
+        let error = it.buffers.receive(device.as_fd()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_position_no_file_has_is_an_error() {
+        let it = cut(0x1000, &[4]);
+        let file = file("position");
+        for position in [u64::MAX, 1 << 63, i64::MAX.cast_unsigned()] {
+            assert!(it.buffers.read_at(file.as_fd(), 0, position).is_err());
+            assert!(it.buffers.write_at(file.as_fd(), 0, position).is_err());
+        }
+        assert_eq!(file.metadata().unwrap().len(), 0);
+    }
 }

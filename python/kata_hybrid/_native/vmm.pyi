@@ -11,6 +11,7 @@ Calls that make, change or wait for a machine block the calling thread and no ot
 threads go on. Any thread may call.
 """
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Literal, final
@@ -243,6 +244,38 @@ class Vm:
         Raises:
             OSError: the path cannot be bound; it is ``filename``.
             ValueError: the context id is reserved.
+            VmmError: too late, or too many devices.
+        """
+    def add_net(
+        self,
+        *,
+        id: str,  # noqa: A002 - as a disk's
+        tap: str | Sequence[int],
+        mac: bytes,
+        mtu: int = 1500,
+        queue_pairs: int = 1,
+        rx_bandwidth: Limit | None = None,
+        rx_frames: Limit | None = None,
+        tx_bandwidth: Limit | None = None,
+        tx_frames: Limit | None = None,
+    ) -> None:
+        """Add a network card (virtio-net). Before the start.
+
+        Args:
+            id: its name in errors, warnings and metrics.
+            tap: a tap of this network namespace by its name, or the descriptors of one, taken over:
+                one open queue (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR) for each pair.
+            mac: the guest's address, 6 bytes.
+            mtu: the largest packet that the link takes, 68 or more.
+            queue_pairs: pairs of queues, 1 to 8.
+            rx_bandwidth: limit of bytes that the guest receives.
+            rx_frames: limit of frames that it receives.
+            tx_bandwidth: limit of bytes that it sends.
+            tx_frames: limit of frames that it sends.
+
+        Raises:
+            OSError: the tap is missing, busy or not ours; ``filename`` is its name.
+            ValueError: a number is out of range, or it is no tap.
             VmmError: too late, or too many devices.
         """
     def add_rng(self, *, bandwidth: Limit | None = None, operations: Limit | None = None) -> None:

@@ -137,7 +137,7 @@ def _unused_finding(part: Missing, monitor: HypervisorName) -> Finding:
 def _missing_finding(part: Missing) -> Finding:
     name, _, detail = part.thing.partition(" (")
     return Finding(
-        name=name.lower(), state="missing", detail=detail.rstrip(")"), remedy=part.remedy
+        name=name.lower(), state="missing", detail=detail.removesuffix(")"), remedy=part.remedy
     )
 
 

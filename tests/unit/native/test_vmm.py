@@ -136,6 +136,28 @@ def test_what_cannot_be_a_device_says_why(folder: Path, image: Path) -> None:
         vm.add_vsock(socket_path=folder / "no" / "s")
 
 
+def test_a_card_that_cannot_be_says_why() -> None:
+    vm = Machine(Path("/k")).vm
+    mac = bytes.fromhex("020000000001")
+    with pytest.raises(OSError, match="tap no-such-tap is missing") as caught:
+        vm.add_net(id="eth0", tap="no-such-tap", mac=mac)
+    assert caught.value.filename == "no-such-tap"
+    with pytest.raises(ValueError, match="is no interface name"):
+        vm.add_net(id="eth0", tap="a/b", mac=mac)
+    with pytest.raises(ValueError, match="no address of one card"):
+        vm.add_net(id="eth0", tap="no-such-tap", mac=b"\xff" * 6)
+    with pytest.raises(ValueError, match="6"):
+        vm.add_net(id="eth0", tap="no-such-tap", mac=mac[:5])
+    with pytest.raises(ValueError, match="queue pairs"):
+        vm.add_net(id="eth0", tap="no-such-tap", mac=mac, queue_pairs=9)
+    read_end, write_end = os.pipe()
+    with pytest.raises(ValueError, match="no queue of a tap"):
+        vm.add_net(id="eth0", tap=[read_end], mac=mac)
+    os.close(write_end)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.close(read_end)
+
+
 def test_a_balloons_target_is_the_hosts() -> None:
     balloon = Machine(Path("/k")).vm.add_balloon(target_pages=7)
     assert (balloon.target_pages, balloon.actual_pages) == (7, 0)

@@ -18,6 +18,7 @@ use vmm_core::snapshot::SnapshotError;
 use vmm_core::virtio::block::BlockError;
 use vmm_core::virtio::block::disk::DiskError;
 use vmm_core::virtio::fs::FsError;
+use vmm_core::virtio::net::{NetError, TapError};
 use vmm_core::virtio::throttle::ThrottleError;
 use vmm_core::virtio::vsock::VsockError;
 use vmm_core::vm::VmError;
@@ -46,6 +47,9 @@ pub(crate) enum MachineError {
     /// A shared folder.
     #[error(transparent)]
     Folder(#[from] FsError),
+    /// A network card.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// The socket device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -71,6 +75,7 @@ pub(super) fn exception(error: &MachineError, text: &str) -> PyErr {
             throttle_error(source, text)
         }
         MachineError::Folder(error) => folder_error(error, text),
+        MachineError::Net(error) => net_error(error, text),
         MachineError::Vsock(VsockError::GuestCid(_)) => PyValueError::new_err(text.to_owned()),
         MachineError::Vsock(VsockError::Hybrid(error)) => hybrid_error(error, text),
     }
@@ -154,6 +159,44 @@ fn folder_error(error: &FsError, text: &str) -> PyErr {
         FsError::NotDirectory { folder } => path_error(&Errno::NOTDIR.into(), text, folder),
         FsError::Tag(_) | FsError::QueueSize(_) => PyValueError::new_err(text.to_owned()),
     }
+}
+
+fn net_error(error: &NetError, text: &str) -> PyErr {
+    match error {
+        NetError::QueuePairs { count: _ }
+        | NetError::Mac { mac: _ }
+        | NetError::Mtu { mtu: _ }
+        | NetError::Tap(
+            TapError::Name { name: _ }
+            | TapError::Kind {
+                name: _,
+                queue_pairs: _,
+            }
+            | TapError::Count {
+                given: _,
+                queue_pairs: _,
+            }
+            | TapError::Descriptor { fd: _ },
+        ) => PyValueError::new_err(text.to_owned()),
+        NetError::Limiter {
+            direction: _,
+            source,
+        } => throttle_error(source, text),
+        NetError::Tap(TapError::Missing { name }) => tap_error(Errno::NODEV, text, name),
+        NetError::Tap(TapError::Busy { name }) => tap_error(Errno::BUSY, text, name),
+        NetError::Tap(TapError::NoPermission { name }) => tap_error(Errno::PERM, text, name),
+        NetError::Tap(
+            TapError::Unavailable(source)
+            | TapError::System {
+                operation: _,
+                source,
+            },
+        ) => os_error(source, text, None),
+    }
+}
+
+fn tap_error(errno: Errno, text: &str, name: &str) -> PyErr {
+    os_error(&errno.into(), text, Some(name.to_owned()))
 }
 
 fn hybrid_error(error: &HybridError, text: &str) -> PyErr {

@@ -1,23 +1,51 @@
 //! Devices of a machine, from what Python says of them. Making one opens files, so it happens
 //! detached from the interpreter; what is opened belongs to the machine once it is added.
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use pyo3::FromPyObject;
 use vmm_core::rate_limiter::RateLimiterConfig;
 use vmm_core::virtio::balloon::{Balloon, BalloonConfig, BalloonControl};
 use vmm_core::virtio::block::{Block, BlockConfig, EngineChoice};
 use vmm_core::virtio::device::VirtioDevice;
 use vmm_core::virtio::fs::{CacheMode, Fs, FsConfig};
+use vmm_core::virtio::net::{Net, NetConfig, TapSource};
 use vmm_core::virtio::rng::Rng;
 use vmm_core::virtio::vsock::{Vsock, VsockConfig};
 
+use crate::convert::take_fd;
 use crate::errors::{MachineError, NativeError};
 
 pub(super) type Device = Box<dyn VirtioDevice>;
 
 /// Letters of disk names: `vda` to `vdz`; a machine has room for fewer.
 const LETTERS: std::ops::RangeInclusive<char> = 'a'..='z';
+
+/// The other end of a network card.
+#[derive(FromPyObject)]
+pub(super) enum Tap {
+    /// A tap's name.
+    Name(String),
+    /// Open queues of one, given away.
+    Fds(Vec<RawFd>),
+}
+
+impl Tap {
+    /// Take over what is given.
+    ///
+    /// # Errors
+    /// A number is no open descriptor; those before it are closed.
+    pub(super) fn take(self) -> Result<TapSource, NativeError> {
+        Ok(match self {
+            Self::Name(name) => TapSource::Name(name),
+            Self::Fds(fds) => {
+                TapSource::Fds(fds.into_iter().map(take_fd).collect::<Result<_, _>>()?)
+            }
+        })
+    }
+}
 
 /// Who does the I/O of a disk, by its word.
 pub(super) fn engine(word: &str) -> Result<EngineChoice, NativeError> {
@@ -75,6 +103,11 @@ pub(super) fn folder(
 /// A socket device.
 pub(super) fn vsock(path: PathBuf, guest_cid: u64) -> Result<Device, MachineError> {
     Ok(Box::new(Vsock::new(VsockConfig { guest_cid, path })?))
+}
+
+/// A network card.
+pub(super) fn net(config: NetConfig) -> Result<Device, MachineError> {
+    Ok(Box::new(Net::new(config)?))
 }
 
 /// An entropy device.

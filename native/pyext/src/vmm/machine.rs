@@ -10,9 +10,10 @@ use pyo3::types::PyBytes;
 use vmm_core::event::VmEvents;
 use vmm_core::virtio::balloon::BalloonConfig;
 use vmm_core::virtio::block::BlockConfig;
+use vmm_core::virtio::net::NetConfig;
 use vmm_core::vm::{VmError, VmState};
 
-use super::devices::{self, Device};
+use super::devices::{self, Device, Tap};
 use super::limit::limits;
 use super::reports::Reports;
 use super::{Balloon, DeviceMetrics, Limit, VmConfig, VmExit};
@@ -104,6 +105,49 @@ impl Vm {
     #[pyo3(signature = (*, socket_path, guest_cid = 3))]
     fn add_vsock(&self, py: Python<'_>, socket_path: PathBuf, guest_cid: u64) -> PyResult<()> {
         self.add(py, || devices::vsock(socket_path, guest_cid))?;
+        Ok(())
+    }
+
+    /// Add a network card. Before the start.
+    #[pyo3(signature = (
+        *,
+        id,
+        tap,
+        mac,
+        mtu = 1500,
+        queue_pairs = 1,
+        rx_bandwidth = None,
+        rx_frames = None,
+        tx_bandwidth = None,
+        tx_frames = None,
+    ))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one keyword for each property of a card"
+    )]
+    fn add_net(
+        &self,
+        py: Python<'_>,
+        id: String,
+        tap: Tap,
+        mac: [u8; 6],
+        mtu: u16,
+        queue_pairs: u16,
+        rx_bandwidth: Option<Limit>,
+        rx_frames: Option<Limit>,
+        tx_bandwidth: Option<Limit>,
+        tx_frames: Option<Limit>,
+    ) -> PyResult<()> {
+        let config = NetConfig {
+            id,
+            source: tap.take()?,
+            mac,
+            mtu,
+            queue_pairs,
+            rx_limiter: limits(rx_bandwidth, rx_frames),
+            tx_limiter: limits(tx_bandwidth, tx_frames),
+        };
+        self.add(py, || devices::net(config))?;
         Ok(())
     }
 

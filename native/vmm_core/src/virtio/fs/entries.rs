@@ -16,7 +16,7 @@ use virtio_core::chain::Chain;
 use super::credentials::become_caller;
 use super::descriptor_path::DescriptorPath;
 use super::handle::{Handle, drop_set_ids, host_flags, open_file};
-use super::node::{CONFINED, Found, Identity, Nodes, Place, kind_of};
+use super::node::{Found, Identity, Nodes, Place, SINGLE, kind_of};
 use super::protocol::{ATTR_SUBMOUNT, IN_HEADER_SIZE, MAX_PATH, OPEN_KILL_SUIDGID};
 use super::reply::{Reply, decode_device};
 use super::request::{Fields, Header, Name};
@@ -249,7 +249,7 @@ impl Share {
             let _caller = become_caller(header.uid, header.gid)?;
             // Exclusively: what is there already may be a pipe, or a link.
             let how = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            openat2(directory, name.as_c_str(), flags | how, mode, CONFINED)
+            openat2(directory, name.as_c_str(), flags | how, mode, SINGLE)
         };
         let is_exclusive = OFlags::from_bits_retain(asked).contains(OFlags::EXCL);
         match new {

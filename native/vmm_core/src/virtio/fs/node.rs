@@ -235,11 +235,11 @@ pub(super) fn attributes_of(directory: BorrowedFd<'_>, name: &CStr) -> Result<St
 /// As openat2(2).
 pub(super) fn open_path(directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    openat2(directory, name, flags, Mode::empty(), CONFINED)
+    openat2(directory, name, flags, Mode::empty(), SINGLE)
 }
 
-/// How names are resolved: below the directory, through no link. A single name that is not followed
-/// cannot do otherwise; the kernel is made to see to it nonetheless.
-pub(super) const CONFINED: ResolveFlags = ResolveFlags::BENEATH
-    .union(ResolveFlags::NO_SYMLINKS)
-    .union(ResolveFlags::NO_MAGICLINKS);
+/// How a single name is resolved: through no link. Since it is not followed either it cannot be
+/// otherwise; the kernel is made to see to it nonetheless. (Not `BENEATH`: a name without slash is
+/// below, and that check takes a lock that all of the host's processes share.)
+pub(super) const SINGLE: ResolveFlags =
+    ResolveFlags::NO_SYMLINKS.union(ResolveFlags::NO_MAGICLINKS);

@@ -8,13 +8,13 @@
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, openat2, readlinkat_raw};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat2, readlinkat_raw};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::descriptor_path::DescriptorPath;
 use super::handle::{Handle, Handles, open_directory, open_file};
-use super::node::{CONFINED, Identity, Node, Nodes, Place, attributes_of, kind_of};
+use super::node::{Identity, Node, Nodes, Place, SINGLE, attributes_of, kind_of};
 use super::protocol::{MAX_PATH, ROOT_ID};
 use super::session::Session;
 use super::share::{Share, root_node};
@@ -83,7 +83,8 @@ impl FileState {
         let path = if path.is_empty() { b"." } else { path };
         let path = CString::new(path).map_err(|_| Errno::STALE)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let descriptor = openat2(root, path, flags, Mode::empty(), CONFINED)?;
+        let confined = SINGLE | ResolveFlags::BENEATH;
+        let descriptor = openat2(root, path, flags, Mode::empty(), confined)?;
         let stat = attributes_of(descriptor.as_fd(), c"")?;
         let identity = Identity::of(&stat);
         let is_same = kind_of(&stat) == self.kind()
