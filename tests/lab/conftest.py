@@ -19,6 +19,7 @@ import pytest
 from kata_hybrid._native import vmm
 from lab_guest.image import GuestImage, ImageError, guest_image
 from lab_guest.machine import Machine
+from lab_guest.network import CARD, JUMBO_MTU, MAC, bridged_tap
 from lab_guest.restored import CHECKS, describe
 
 CACHES: tuple[Literal["never", "auto", "always"], ...] = ("never", "auto", "always")
@@ -101,6 +102,14 @@ def folder(ext4: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tap(image: GuestImage) -> Iterator[str]:
+    """The other end of the shared machine's network card."""
+    del image
+    with bridged_tap() as name:
+        yield name
+
+
 class SharedMachine:
     """A machine that tests use one after another; one that a test broke is replaced."""
 
@@ -131,13 +140,14 @@ class SharedMachine:
 
 @pytest.fixture(scope="session")
 def _shared_machine(
-    image: GuestImage, run_dir: Path, disks: dict[str, Path], folder: Path
+    image: GuestImage, run_dir: Path, disks: dict[str, Path], folder: Path, tap: str
 ) -> Iterator[SharedMachine]:
     def make() -> Machine:
         machine = Machine(image, run_dir)
         machine.vm.add_disk(id="uring-disk", path=disks["io_uring"], engine="io_uring")
         machine.vm.add_disk(id="sync-disk", path=disks["sync"], engine="sync")
         machine.vm.add_disk(id="read-only", path=disks["read-only"], is_read_only=True)
+        machine.vm.add_net(id=CARD, tap=tap, mac=MAC, mtu=JUMBO_MTU)
         machine.balloon = machine.vm.add_balloon()
         for cache in CACHES:
             machine.vm.add_folder(tag=cache, folder=folder, cache=cache)
