@@ -111,6 +111,8 @@ class Lab:
         memory = f"memory-backend-memfd,id=lab-memory,size={self.memory_mib}M,share=on"
         qemu = [
             *("-cpu", _CPU, *accelerator),
+            # Its ports have 64 queues a device: that many descriptors for QEMU's loop to poll.
+            *("-global", "virtio-serial-pci.ioeventfd=off"),
             *("-object", memory, "-machine", "memory-backend=lab-memory", *devices),
         ]
         path = os.fspath(script)
@@ -135,6 +137,7 @@ class Lab:
             "TERM": os.environ.get("TERM", "dumb"),
             "LANG": "C.UTF-8",
             "PATH": _search_path(),
+            "PYTHONUNBUFFERED": "1",
         }
         if command is None:
             environment["LAB_CONSOLE"] = "1"
