@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,14 +18,14 @@ import pytest
 
 from kata_hybrid._native import vmm
 from lab_guest.image import GuestImage, ImageError, guest_image
-from lab_guest.machine import GuestError, Machine
+from lab_guest.machine import Machine
+from lab_guest.network import CARD, JUMBO_MTU, MAC, bridged_tap
 from lab_guest.restored import CHECKS, describe
 
 CACHES: tuple[Literal["never", "auto", "always"], ...] = ("never", "auto", "always")
 DISK_MIB = 64
 _EXT4_MIB = 1024
 _MOST_DESCRIPTORS = 8192
-_ANSWER_TIMEOUT_S = 15.0
 _TEST_TIMEOUT_S = 300
 
 
@@ -102,26 +102,34 @@ def folder(ext4: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tap(image: GuestImage) -> Iterator[str]:
+    """The other end of the shared machine's network card."""
+    del image
+    with bridged_tap() as name:
+        yield name
+
+
 class SharedMachine:
     """A machine that tests use one after another; one that a test broke is replaced."""
 
-    def __init__(self, make: Callable[[], Machine]) -> None:
+    def __init__(self, make: Callable[[], Machine], *, folders: Sequence[str]) -> None:
         self._make = make
+        self._folders = folders
         self._machine: Machine | None = None
 
     def get(self) -> Machine:
-        """Give the machine, checked to answer."""
-        if self._machine is not None:
-            try:
-                self._machine.run("true", timeout_s=_ANSWER_TIMEOUT_S)
-            except GuestError:
-                # Whoever broke it may still hold parts of it.
-                self._machine.close(is_checked=False)
-                self._machine = None
-        if self._machine is None:
-            self._machine = self._make()
-            self._machine.start()
-        return self._machine
+        """Give the machine, its folders mounted."""
+        machine = self._machine
+        if machine is not None and (machine.is_in_doubt or not machine.is_running):
+            # Whoever broke it may still hold parts of it.
+            machine.close(is_checked=False)
+            machine = None
+        if machine is None:
+            machine = self._machine = self._make()
+            machine.start()
+            machine.mount(*self._folders)
+        return machine
 
     def close(self) -> None:
         """End it, if there is one, and check that nothing is left."""
@@ -132,20 +140,21 @@ class SharedMachine:
 
 @pytest.fixture(scope="session")
 def _shared_machine(
-    image: GuestImage, run_dir: Path, disks: dict[str, Path], folder: Path
+    image: GuestImage, run_dir: Path, disks: dict[str, Path], folder: Path, tap: str
 ) -> Iterator[SharedMachine]:
     def make() -> Machine:
         machine = Machine(image, run_dir)
         machine.vm.add_disk(id="uring-disk", path=disks["io_uring"], engine="io_uring")
         machine.vm.add_disk(id="sync-disk", path=disks["sync"], engine="sync")
         machine.vm.add_disk(id="read-only", path=disks["read-only"], is_read_only=True)
+        machine.vm.add_net(id=CARD, tap=tap, mac=MAC, mtu=JUMBO_MTU)
         machine.balloon = machine.vm.add_balloon()
         for cache in CACHES:
             machine.vm.add_folder(tag=cache, folder=folder, cache=cache)
         machine.vm.add_folder(tag="checks", folder=CHECKS, is_read_only=True)
         return machine
 
-    shared = SharedMachine(make)
+    shared = SharedMachine(make, folders=(*CACHES, "checks"))
     yield shared
     shared.close()
 
@@ -173,7 +182,10 @@ def _shared_smp(
 ) -> Iterator[SharedMachine]:
     place = run_dir / "smp"
     place.mkdir()
-    shared = SharedMachine(lambda: describe(image, place, disk=smp_disk, folder=smp_folder))
+    shared = SharedMachine(
+        lambda: describe(image, place, disk=smp_disk, folder=smp_folder),
+        folders=("shared", "checks"),
+    )
     yield shared
     shared.close()
 
@@ -181,16 +193,10 @@ def _shared_smp(
 @pytest.fixture
 def smp(_shared_smp: SharedMachine) -> Machine:
     """A shared machine with four processors, its folders mounted below ``/run``."""
-    machine = _shared_smp.get()
-    for tag in ("shared", "checks"):
-        machine.mount(tag)
-    return machine
+    return _shared_smp.get()
 
 
 @pytest.fixture
 def guest(_shared_machine: SharedMachine) -> Machine:
     """The shared machine, its folders mounted below ``/run``."""
-    machine = _shared_machine.get()
-    for tag in (*CACHES, "checks"):
-        machine.mount(tag)
-    return machine
+    return _shared_machine.get()

@@ -9,7 +9,7 @@ import pytest
 
 from lab_guest.machine import GuestError, Machine
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ def test_the_serial_is_the_disks_id(guest: Machine, name: str) -> None:
 @pytest.mark.parametrize(
     "work",
     [
-        pytest.param("--rw=randwrite --bsrange=512-128k --bsalign=512 --iodepth=16", id="random"),
+        pytest.param("--rw=randwrite --bsrange=512-128k --blockalign=512 --iodepth=16", id="random"),
         pytest.param("--rw=write --bs=1m --iodepth=4", id="sequential"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from lab_guest.image import GuestImage
 from lab_guest.machine import Machine
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 END_TIMEOUT_S = 30.0
 

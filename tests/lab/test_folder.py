@@ -11,7 +11,7 @@ from lab_guest.in_guest.folder_checks import CHECKS
 from lab_guest.machine import GuestError, Machine
 from lab_guest.streams import random_bytes
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 CACHES = ("never", "auto", "always")
 MANY_FILES = {"never": 100, "auto": 5000, "always": 100}

@@ -17,7 +17,7 @@ from lab_guest.machine import Machine, dial
 from lab_guest.restored import ECHO_PORT, HELD_PORT, VCPUS, wait_for
 from lab_guest.streams import random_bytes, trailer
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 
 LOAD_S = 20
 PAUSES = 50

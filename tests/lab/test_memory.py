@@ -8,7 +8,7 @@ import pytest
 
 from lab_guest.machine import Machine
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 TOUCHED_MIB = 160
 GIVEN_MIB = 128

@@ -8,7 +8,7 @@ import pytest
 from lab_guest.machine import GuestError, Machine
 from lab_guest.streams import GuestStreams, HostStream, StreamError, random_bytes
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 STREAMS = 1000
 STREAM_BYTES = 8192

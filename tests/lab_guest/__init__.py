@@ -2,6 +2,7 @@
 
 ``image``    kernel and initrd of the guest, made once and kept below ``build/``
 ``machine``  a machine that runs it: devices, commands in the guest, how it ended, nothing left
+``network``  the other end of its network card
 ``streams``  checksummed streams between host and guest
 
 In the guest, ``init.sh`` loads modules and goes into the host's own root, shared read-only, so that

@@ -73,8 +73,11 @@ class Running:
                 while data := _receive(connection, deadline):
                     received += data
         except OSError as error:
+            self._machine.is_in_doubt = True
             raise self._failed(str(error) or "no answer", received) from error
         output, _, status = received.decode(errors="replace").rstrip().rpartition("\n")
+        if not status.startswith("status "):
+            self._machine.is_in_doubt = True
         if status != "status 0":
             raise self._failed(status or "no status", received)
         return output.strip()
@@ -108,6 +111,8 @@ class Machine:
         self._port = events.EventPort()
         self.warnings: list[str] = []
         self.balloon: vmm.Balloon | None = None
+        self.is_in_doubt = False
+        """A command had no answer: who shares the machine should not use it further."""
         self._has_exited = False
         self._console, console_end = os.pipe()
         self._seen = b""
@@ -184,15 +189,16 @@ class Machine:
             connection.shutdown(socket.SHUT_WR)
         except OSError as error:
             connection.close()
+            self.is_in_doubt = True
             message = f"{script}\n--> not taken: {error}\n--- console\n{self.console_tail()}"
             raise GuestError(message) from error
         return Running(self, connection, script)
 
-    def mount(self, tag: str) -> None:
-        """Mount a folder at ``/run/TAG`` of the guest, if it is not."""
+    def mount(self, *tags: str) -> None:
+        """Mount folders, each at ``/run/TAG`` of the guest."""
         self.run(
-            f"mkdir -p /run/{tag} && cd /run/{tag} &&"
-            f" (mountpoint -q . || mount -t virtiofs {tag} .)"
+            f"for tag in {' '.join(tags)}; do"
+            " mkdir -p /run/$tag && mount -t virtiofs $tag /run/$tag || exit 1; done"
         )
 
     def wait_console(self, text: str, *, timeout_s: float) -> None:

@@ -1,6 +1,7 @@
 //! What a request does with results that a disk here does not give on demand.
 
 use virtio_core::mock::{MockBuffer, MockDriver, mock_ram};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::virtio::block::rig::disk_file;
@@ -93,6 +94,27 @@ fn direct_io_that_is_refused_goes_through_the_page_cache_once() {
     let (mut request, _) = begun(&disk, TYPE_IN, &[], 512, &TERMS);
     let cached = request.advance(error(libc::EINVAL), &mut disk);
     assert_eq!(cached, Next::Finished(Status::IoError));
+}
+
+#[test]
+fn more_ranges_than_any_driver_needs_are_refused_and_not_remembered() {
+    let (_file, disk) = disk(false);
+    // Each piece lies across the edge of two mappings: 600 descriptors, 1200 ranges.
+    let mappings = [(GuestAddress(0), 0x8000), (GuestAddress(0x8000), 0x8000)];
+    let ram = GuestRam::new(GuestMemoryMmap::from_ranges(&mappings).unwrap());
+    let mut driver = MockDriver::new(&ram, 0x1000, 16);
+    driver.write(DATA, &[0; HEADER_LEN]);
+    let mut buffers = vec![MockBuffer::readable(DATA, 16)];
+    buffers.resize(600, MockBuffer::writable(0x7f00, 512));
+    buffers.push(MockBuffer::writable(DATA + 16, 1));
+    driver.add_indirect(0xa000, &buffers);
+    let mut request = Request::new(&ram);
+    assert!(driver.ring(false).unwrap().pop(&mut request.chain).unwrap());
+    assert_eq!(
+        request.begin(&disk, &TERMS),
+        Next::Finished(Status::IoError)
+    );
+    assert!(!request.is_reusable());
 }
 
 #[test]
