@@ -193,6 +193,18 @@ fn a_guest_that_never_ends_is_stopped_and_stopping_repeats() {
 }
 
 #[test]
+fn a_machine_that_ended_by_itself_keeps_nobody_waiting() {
+    let machine = Machine::new(&reset());
+    machine.vm.start().unwrap();
+    machine.exit();
+    let began = Instant::now();
+    assert!(machine.vm.pause().is_err());
+    machine.vm.stop().unwrap();
+    // Far less than a request's time limit.
+    assert!(began.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
 fn several_vcpus_start_and_stop() {
     let code = [say(b'x'), SPIN.to_vec()].concat();
     let machine = Machine::with(&code, |config| config.vcpu_count = 4);
