@@ -40,7 +40,9 @@ def test_the_serial_is_the_disks_id(guest: Machine, name: str) -> None:
 @pytest.mark.parametrize(
     "work",
     [
-        pytest.param("--rw=randwrite --bsrange=512-128k --blockalign=512 --iodepth=16", id="random"),
+        pytest.param(
+            "--rw=randwrite --bsrange=512-128k --blockalign=512 --iodepth=16", id="random"
+        ),
         pytest.param("--rw=write --bs=1m --iodepth=4", id="sequential"),
     ],
 )

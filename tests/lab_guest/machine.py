@@ -10,6 +10,7 @@ blocking calls, each with a deadline: nothing else happens in the process meanwh
 """
 
 import os
+import secrets
 import select
 import socket
 import time
@@ -107,7 +108,8 @@ class Machine:
     ) -> None:
         """Describe a machine whose socket is in ``run_dir``; nothing of KVM exists yet."""
         self._before = Leftovers.now()
-        self.socket = run_dir / "vsock"
+        # Machines share the folder: each has a name of its own in it.
+        self.socket = run_dir / f"vsock-{secrets.token_hex(4)}"
         self._port = events.EventPort()
         self.warnings: list[str] = []
         self.balloon: vmm.Balloon | None = None
