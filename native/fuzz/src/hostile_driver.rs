@@ -127,6 +127,18 @@ impl HostileDriver {
         Some(())
     }
 
+    /// Give the device `bytes` to read, in one buffer of queue `index`.
+    pub fn request(&mut self, index: usize, bytes: &[u8], device: &mut dyn VirtioDevice) {
+        let at = RAM_SIZE as u64 - bytes.len() as u64;
+        if let Some(driver) = self.drivers.get_mut(index) {
+            driver.write(at, bytes);
+            let len = u32::try_from(bytes.len()).expect("less than the memory");
+            driver.add(&[MockBuffer::readable(at, len)]);
+            self.transport.kick(index);
+        }
+        self.settle(device);
+    }
+
     /// Let the device do what it has to; a ring that makes no sense resets it.
     pub fn settle(&mut self, device: &mut dyn VirtioDevice) {
         if self.transport.settle(device).is_err() {
