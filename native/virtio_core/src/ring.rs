@@ -356,8 +356,8 @@ impl Ring {
     }
 
     /// Put back the last `count` requests taken, as if never taken; they must not have been
-    /// completed. What lies between them counts: had a malformed chain come between two, the
-    /// driver would get it back twice and lose another. Its rules were broken before ours.
+    /// completed. Those after the first were taken by [`Ring::pop_another`]: had `pop` refused a
+    /// chain between two, it would come back twice, and another not at all.
     ///
     /// A request put back is one that [`Ring::enable_kicks`] sees: it says true until all are
     /// taken again.

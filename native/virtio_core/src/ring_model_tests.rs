@@ -57,11 +57,13 @@ enum Step {
     Kick,
     Reap,
     AwaitInterrupt,
-    /// The device: take a chain; put some back; complete one of those it has; interrupt if need
-    /// be; sleep if there is nothing.
+    /// The device: take a chain; put some back; complete one of those it has, or all at once;
+    /// interrupt if need be; sleep if there is nothing.
     Pop,
+    PopAnother,
     Unpop(Index),
     Complete(Index, u32),
+    CompleteAll,
     Signal,
     AwaitKick,
 }
@@ -93,9 +95,11 @@ fn step() -> impl Strategy<Value = Step> {
         3 => Just(Step::Kick),
         3 => Just(Step::Reap),
         2 => Just(Step::AwaitInterrupt),
-        4 => Just(Step::Pop),
+        3 => Just(Step::Pop),
+        2 => Just(Step::PopAnother),
         1 => any::<Index>().prop_map(Step::Unpop),
         4 => any::<(Index, u32)>().prop_map(|(which, len)| Step::Complete(which, len)),
+        1 => Just(Step::CompleteAll),
         3 => Just(Step::Signal),
         2 => Just(Step::AwaitKick),
     ]
@@ -161,12 +165,16 @@ impl Model {
             Step::Reap if self.is_driver_awake => self.reap(),
             Step::AwaitInterrupt if self.is_driver_awake => self.await_interrupt(),
             Step::Pop if self.is_device_awake => {
-                self.pop();
+                self.pop(Ring::pop);
+            }
+            Step::PopAnother if self.is_device_awake => {
+                self.pop(Ring::pop_another);
             }
             Step::Unpop(which) => self.unpop(which.index(self.fresh + 1)),
             Step::Complete(which, len) if !self.taken.is_empty() => {
                 self.complete(which.index(self.taken.len()), len);
             }
+            Step::CompleteAll => self.complete_all(),
             Step::Signal => self.signal(),
             Step::AwaitKick if self.is_device_awake => self.await_kick(),
             // Asleep, or nothing to do it with.
@@ -262,9 +270,9 @@ impl Model {
 
     // --- the device ---
 
-    fn pop(&mut self) -> bool {
+    fn pop(&mut self, take: fn(&mut Ring, &mut Chain) -> Result<bool, RingError>) -> bool {
         let mut chain = Chain::new(self.ring.ram());
-        if !self.ring.pop(&mut chain).unwrap() {
+        if !take(&mut self.ring, &mut chain).unwrap() {
             return false;
         }
         let sent = self.sent.get(&chain.head).expect("is what was sent");
@@ -302,6 +310,16 @@ impl Model {
         self.ring.complete(chain.head, len);
     }
 
+    fn complete_all(&mut self) {
+        let taken = mem::take(&mut self.taken);
+        self.fresh = 0;
+        for chain in &taken {
+            self.sent.get_mut(&chain.head).unwrap().used_len = Some(5);
+        }
+        self.ring
+            .complete_all(taken.iter().map(|chain| (chain.head, 5)));
+    }
+
     fn signal(&mut self) {
         self.has_interrupt |= self.ring.needs_signal();
     }
@@ -324,7 +342,7 @@ impl Model {
         for _ in 0..100 {
             self.deliver();
             if self.is_device_awake {
-                while self.pop() {
+                while self.pop(Ring::pop) {
                     self.complete(0, 9);
                 }
                 self.signal();

@@ -527,6 +527,46 @@ fn requests_put_back_come_again() {
 }
 
 #[test]
+fn a_malformed_chain_waits_while_others_are_held() {
+    let mut it = fixture(4, false);
+    it.put(0, 0x1000, 1, 0, 0);
+    it.put(1, MEMORY, 1, 0, 0);
+    it.put(2, 0x1000, 1, 0, 0);
+    for head in 0..3 {
+        it.driver.make_available(head);
+    }
+    assert!(it.pop());
+    for _ in 0..2 {
+        assert_eq!(it.ring.pop_another(&mut it.chain), Ok(false));
+        assert_eq!(
+            (it.ring.malformed().0, it.ring.state().next_available),
+            (0, 1)
+        );
+    }
+    it.ring.unpop(1);
+    assert!(it.pop());
+    assert_eq!(it.chain.head, 0, "what was held is what came back");
+    assert!(it.pop());
+    assert_eq!((it.chain.head, it.ring.malformed().0), (2, 1));
+    assert_eq!(it.driver.take_used(), [UsedElement { head: 1, len: 0 }]);
+    assert_eq!(it.ring.pop_another(&mut it.chain), Ok(false));
+    it.driver.set_available_index(100);
+    assert!(it.ring.pop_another(&mut it.chain).is_err());
+}
+
+#[test]
+fn requests_given_back_together_are_seen_together() {
+    let mut it = fixture(4, true);
+    it.ring.complete_all([]);
+    assert!(!it.ring.needs_signal());
+    it.driver.set_used_event(1);
+    it.ring.complete_all([(3, 30), (1, 10)]);
+    assert!(it.ring.needs_signal(), "asked for in their middle");
+    let expected = [(3, 30), (1, 10)].map(|(head, len)| UsedElement { head, len });
+    assert_eq!(it.driver.take_used(), expected);
+}
+
+#[test]
 fn putting_back_is_no_reason_to_signal_and_hides_none() {
     for has_event_idx in [false, true] {
         let mut it = fixture(4, has_event_idx);
