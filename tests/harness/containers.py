@@ -187,8 +187,13 @@ class Containers:
         raise LookupError(msg)
 
     def shim_pid(self, container_id: str) -> int:
-        """Return the process id of the shim that serves a running container."""
+        """Return the process id of the shim that serves a running container.
+
+        Where the machine is built in, the task's process is the shim itself; else it is its child.
+        """
         pid = self.task(container_id).pid
+        if b"shim" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
         status = Path(f"/proc/{pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in status if line.startswith("PPid:"))
 
