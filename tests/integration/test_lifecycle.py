@@ -284,7 +284,8 @@ def test_a_sandbox_is_one_process_unless_qemu_runs_it(vm_containers: Containers)
             assert sorted(threads) == ["kata-hybrid", "vcpu-0", "vmm-io", "vsock-io"]
             assert vm_containers.task(name).pid == shim
         else:
-            assert sorted(others) == ["qemu-system-x86", "virtiofsd"]
+            # virtiofsd is two processes while it sets itself up.
+            assert set(others) == {"qemu-system-x86", "virtiofsd"}
 
 
 def test_containers_of_a_pod_have_their_own_files_and_processes(containers: Containers) -> None:
