@@ -11,14 +11,14 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use kvm_ioctls::{Kvm, VcpuFd};
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
 use virtio_core::ram::GuestRam;
 
-use crate::arch::{self, ClockPolicy, MmioNode, layout};
+use crate::arch::{self, ClockPolicy, HostFeatures, MmioNode, layout};
 use crate::boot::{self, BootSource};
 use crate::bus::Bus;
 use crate::devices::acpi_power::{self, AcpiPower};
@@ -28,6 +28,7 @@ use crate::devices::serial::Serial;
 use crate::event::VmEvents;
 use crate::interrupt::Interrupt;
 use crate::kvm::{self, MappedVm};
+use crate::lock::lock;
 use crate::machine::{FIRST_SUBSCRIBER, Machine, Mailbox, Resources, StateCell};
 use crate::memory;
 use crate::snapshot::{MachineState, Snapshot};
@@ -235,9 +236,10 @@ fn boot_guest(
     };
     let entry = boot::load(ram.mappings(), &source)?;
     arch::write_tables(ram.mappings(), config.vcpu_count, nodes)?;
+    let features = HostFeatures::of(kvm)?;
     for (index, vcpu) in (0..).zip(vcpus) {
         let entry = (index == 0).then_some(&entry);
-        arch::configure_vcpu(kvm, vcpu, index, config.vcpu_count, entry)?;
+        arch::configure_vcpu(&features, vcpu, index, config.vcpu_count, entry)?;
     }
     Ok(())
 }
@@ -278,7 +280,7 @@ fn start_threads(
     } else {
         VmState::Running
     };
-    *parts.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    *lock(parts.state) = state;
     if !is_paused {
         for vcpu in &vcpus {
             vcpu.want(Wanted::Run);

@@ -27,6 +27,7 @@ pub mod devices;
 pub mod event;
 pub mod interrupt;
 pub mod kvm;
+mod lock;
 mod machine;
 pub mod memory;
 pub mod probe;

@@ -16,7 +16,7 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
@@ -27,6 +27,7 @@ use crate::devices::console::Console;
 use crate::devices::serial::Serial;
 use crate::event::{VmEvents, VmExit};
 use crate::kvm::MappedVm;
+use crate::lock::lock;
 use crate::snapshot;
 use crate::thread;
 use crate::vcpu::{Vcpu, VcpuEnd, Wanted};
@@ -365,8 +366,4 @@ fn rest(vcpus: &[Vcpu]) -> Result<(), VmError> {
         }
     }
     Ok(())
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -20,6 +20,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use crate::arch;
 use crate::bus::{Bus, Outcome};
 use crate::kvm;
+use crate::lock::lock;
 use crate::thread;
 
 /// How long after a kick another is tried. None should be needed: a guard, not a poll.
@@ -189,11 +190,6 @@ impl Drop for Vcpu {
             let _ended = thread.join();
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Each holder leaves a consistent value between any two statements.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The thread's side.

@@ -16,7 +16,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -29,6 +29,7 @@ use crate::devices::console::Console;
 use crate::devices::serial::SerialError;
 use crate::event::VmEvents;
 use crate::kvm::KvmError;
+use crate::lock::lock;
 use crate::machine::{Mailbox, Request, StateCell};
 use crate::memory::{MemoryBacking, MemoryError};
 use crate::snapshot::SnapshotError;
@@ -216,20 +217,16 @@ impl Vm {
         events: Arc<dyn VmEvents>,
     ) -> Result<Self, VmError> {
         check("vcpu_count", config.vcpu_count.into(), 1, MAX_VCPUS.into())?;
-        let memory = (*MEMORY_MIB.start()).into()..=(*MEMORY_MIB.end()).into();
+        let (least, most) = MEMORY_MIB.into_inner();
         check(
             "memory_mib",
             config.memory_mib.into(),
-            *memory.start(),
-            *memory.end(),
+            least.into(),
+            most.into(),
         )?;
         let length = config.command_line.len() as u64;
-        check(
-            "command line bytes",
-            length,
-            0,
-            COMMAND_LINE_BYTES as u64 - 1,
-        )?;
+        let most = COMMAND_LINE_BYTES as u64 - 1;
+        check("command line bytes", length, 0, most)?;
         let console = Console::new(console).map_err(|errno| VmError::Console(errno.into()))?;
         Ok(Self {
             config,
@@ -490,8 +487,4 @@ fn check(name: &'static str, value: u64, min: u64, max: u64) -> Result<(), VmErr
             max,
         })
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

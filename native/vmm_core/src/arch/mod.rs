@@ -8,7 +8,7 @@
 //! | [`MmioNode`], [`write_tables`], [`TablesError`] | tell the guest's kernel what the machine has (ACPI; a device tree elsewhere) |
 //! | [`prepare_vm`] | interrupt controllers and timers, before the first vCPU |
 //! | [`VmState`], [`save_vm`], [`restore_vm`], [`ClockPolicy`] | their state |
-//! | [`configure_vcpu`], [`VcpuError`] | a new vCPU's features and first registers |
+//! | [`HostFeatures`], [`configure_vcpu`], [`VcpuError`] | a new vCPU's features and first registers |
 //! | [`VcpuState`], [`save_vcpu`], [`restore_vcpu`] | a stopped vCPU's registers |
 //! | [`describe_failure`] | one line on why a vCPU can't go on |
 //! | [`kernel`] | `load` reads a kernel image into memory, `write_parameters` what it is told; [`Entry`], [`BootProtocol`] |
@@ -27,7 +27,7 @@ pub use x86_64::{
     failure::describe_failure,
     kernel::{self, BootProtocol, Entry},
     layout,
-    vcpu::{VcpuError, configure_vcpu},
+    vcpu::{HostFeatures, VcpuError, configure_vcpu},
     vcpu_state::{VcpuState, restore_vcpu, save_vcpu},
     vm::{ClockPolicy, VmState, prepare_vm, restore_vm, save_vm},
 };

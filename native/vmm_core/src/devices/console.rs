@@ -10,10 +10,12 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
+
+use crate::lock::lock;
 
 /// Bytes of output kept.
 pub const TAIL_SIZE: usize = 64 * 1024;
@@ -62,12 +64,11 @@ impl Console {
     }
 
     fn output(&self) -> MutexGuard<'_, Output> {
-        // Bytes are whole after a panic elsewhere, too.
-        self.output.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.output)
     }
 
     fn sink(&self) -> MutexGuard<'_, Option<OwnedFd>> {
-        self.sink.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.sink)
     }
 
     /// Pass nothing on any more: whoever reads the descriptor's other end sees the end.

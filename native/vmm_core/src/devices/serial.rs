@@ -7,7 +7,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,7 @@ use vm_superio::{Serial as Uart, Trigger};
 
 use crate::bus::{BusDevice, Outcome};
 use crate::devices::console::Console;
+use crate::lock::lock;
 
 /// Ports it takes.
 pub const PORT_COUNT: u64 = 8;
@@ -148,8 +149,7 @@ impl Serial {
     }
 
     fn uart(&self) -> MutexGuard<'_, Uart<Line, NoEvents, Output>> {
-        // Registers are bytes: whole after a panic elsewhere, too.
-        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.uart)
     }
 }
 

@@ -11,7 +11,7 @@
 //! interrupt reads: those are lock-free. Kicks arrive as ioeventfds and leave no vCPU waiting.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
@@ -25,6 +25,7 @@ use super::registers::{Registers, half, initial_queues, status};
 use crate::bus::{BusDevice, Outcome};
 use crate::event::{VmEvents, chain};
 use crate::interrupt::Interrupt;
+use crate::lock::lock;
 
 /// Where the driver rings a queue's bell (`QueueNotify`).
 pub(crate) const QUEUE_NOTIFY: u64 = 0x050;
@@ -140,7 +141,7 @@ impl MmioTransport {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // A device that panicked took the I/O thread with it, or a vCPU: the machine ends.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     /// Use the device itself, for requests of the host.

@@ -3,7 +3,7 @@
 //! CPUID comes before any MSR: KVM hides registers of features that the vCPU was not given. Called by
 //! the machine's owner, before the vCPU's thread runs it.
 
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use thiserror::Error;
 
@@ -54,27 +54,46 @@ pub enum VcpuError {
     },
 }
 
+/// What KVM lets a vCPU of this host have.
+#[derive(Debug)]
+pub struct HostFeatures {
+    cpuid: CpuId,
+    has_tsc_deadline_timer: bool,
+}
+
+impl HostFeatures {
+    /// Ask KVM: once a machine, since the answer is the same for each vCPU.
+    ///
+    /// # Errors
+    /// KVM refused the call.
+    pub fn of(kvm: &Kvm) -> Result<Self, KvmError> {
+        Ok(Self {
+            cpuid: kvm
+                .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+                .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?,
+            has_tsc_deadline_timer: kvm.check_extension(Cap::TscDeadlineTimer),
+        })
+    }
+}
+
 /// Set up vCPU `index` of `count`. With `entry` it is the boot processor and starts there; without,
 /// it waits for the kernel to start it.
 ///
 /// # Errors
 /// KVM refused one of the calls or values.
 pub fn configure_vcpu(
-    kvm: &Kvm,
+    features: &HostFeatures,
     vcpu: &VcpuFd,
     index: u8,
     count: u8,
     entry: Option<&Entry>,
 ) -> Result<(), VcpuError> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))?;
     let request = CpuidRequest {
         vcpu_index: index,
         vcpu_count: count,
-        has_tsc_deadline_timer: kvm.check_extension(Cap::TscDeadlineTimer),
+        has_tsc_deadline_timer: features.has_tsc_deadline_timer,
     };
-    vcpu.set_cpuid2(&cpuid_for(&supported, request)?)
+    vcpu.set_cpuid2(&cpuid_for(&features.cpuid, request)?)
         .map_err(KvmError::call("KVM_SET_CPUID2"))?;
     msr::set_boot_msrs(vcpu)?;
     registers::set_fpu(vcpu)?;

@@ -6,7 +6,7 @@ use vm_memory::GuestAddress;
 use super::*;
 use crate::arch::kernel::{BootProtocol, Entry};
 use crate::arch::x86_64::vcpu::tests::machine;
-use crate::arch::{ClockPolicy, VmState, configure_vcpu, restore_vm, save_vm};
+use crate::arch::{ClockPolicy, HostFeatures, VmState, configure_vcpu, restore_vm, save_vm};
 
 const STAR: u32 = 0xc000_0081;
 const ENTRY: Entry = Entry {
@@ -32,7 +32,7 @@ fn through_json<T: Serialize + for<'a> Deserialize<'a>>(value: &T) -> T {
 fn a_vcpu_goes_on_in_another_machine() {
     let Some((kvm, vm)) = machine() else { return };
     let vcpu = vm.create_vcpu(0).unwrap();
-    configure_vcpu(&kvm, &vcpu, 0, 2, Some(&ENTRY)).unwrap();
+    configure_vcpu(&HostFeatures::of(&kvm).unwrap(), &vcpu, 0, 2, Some(&ENTRY)).unwrap();
     let mut general = vcpu.get_regs().unwrap();
     (general.rax, general.r15) = (0x1122_3344_5566_7788, 0x99aa);
     vcpu.set_regs(&general).unwrap();
@@ -84,7 +84,7 @@ fn a_waiting_vcpu_waits_again() {
     let Some((kvm, vm)) = machine() else { return };
     let _boot = vm.create_vcpu(0).unwrap();
     let vcpu = vm.create_vcpu(1).unwrap();
-    configure_vcpu(&kvm, &vcpu, 1, 2, None).unwrap();
+    configure_vcpu(&HostFeatures::of(&kvm).unwrap(), &vcpu, 1, 2, None).unwrap();
     let state = save_vcpu(&kvm, &vm, &vcpu).unwrap();
     let (_kvm, vm) = machine().unwrap();
     let _boot = vm.create_vcpu(0).unwrap();
@@ -97,7 +97,7 @@ fn a_waiting_vcpu_waits_again() {
 fn a_state_with_another_xsave_area_is_refused() {
     let Some((kvm, vm)) = machine() else { return };
     let vcpu = vm.create_vcpu(0).unwrap();
-    configure_vcpu(&kvm, &vcpu, 0, 1, Some(&ENTRY)).unwrap();
+    configure_vcpu(&HostFeatures::of(&kvm).unwrap(), &vcpu, 0, 1, Some(&ENTRY)).unwrap();
     let mut state = save_vcpu(&kvm, &vm, &vcpu).unwrap();
     let expected = state.xsave.len() * 4;
     for words in [0, 1, 1023, state.xsave.len() - 1, state.xsave.len() + 1] {
@@ -115,7 +115,7 @@ fn a_state_with_another_xsave_area_is_refused() {
 fn an_msr_that_can_not_be_written_must_be_the_same() {
     let Some((kvm, vm)) = machine() else { return };
     let vcpu = vm.create_vcpu(0).unwrap();
-    configure_vcpu(&kvm, &vcpu, 0, 1, Some(&ENTRY)).unwrap();
+    configure_vcpu(&HostFeatures::of(&kvm).unwrap(), &vcpu, 0, 1, Some(&ENTRY)).unwrap();
     let mut state = save_vcpu(&kvm, &vm, &vcpu).unwrap();
     // No processor has this one.
     state.msrs.insert(

@@ -27,7 +27,14 @@ fn entry(protocol: BootProtocol) -> Entry {
 fn the_boot_vcpu_is_at_the_pvh_entry() {
     let Some((kvm, vm)) = machine() else { return };
     let vcpu = vm.create_vcpu(0).unwrap();
-    configure_vcpu(&kvm, &vcpu, 0, 1, Some(&entry(BootProtocol::Pvh))).unwrap();
+    configure_vcpu(
+        &HostFeatures::of(&kvm).unwrap(),
+        &vcpu,
+        0,
+        1,
+        Some(&entry(BootProtocol::Pvh)),
+    )
+    .unwrap();
     let general = vcpu.get_regs().unwrap();
     assert_eq!(
         (general.rip, general.rbx, general.rflags),
@@ -51,7 +58,14 @@ fn the_boot_vcpu_is_at_the_pvh_entry() {
 fn the_boot_vcpu_is_in_long_mode_at_the_linux_entry() {
     let Some((kvm, vm)) = machine() else { return };
     let vcpu = vm.create_vcpu(0).unwrap();
-    configure_vcpu(&kvm, &vcpu, 0, 1, Some(&entry(BootProtocol::Linux64))).unwrap();
+    configure_vcpu(
+        &HostFeatures::of(&kvm).unwrap(),
+        &vcpu,
+        0,
+        1,
+        Some(&entry(BootProtocol::Linux64)),
+    )
+    .unwrap();
     let general = vcpu.get_regs().unwrap();
     assert_eq!(
         (general.rip, general.rsi, general.rsp, general.rbp),
@@ -75,7 +89,7 @@ fn other_vcpus_stay_where_the_start_up_interrupt_finds_them() {
     let _boot = vm.create_vcpu(0).unwrap();
     let vcpu = vm.create_vcpu(1).unwrap();
     let before = vcpu.get_regs().unwrap();
-    configure_vcpu(&kvm, &vcpu, 1, 2, None).unwrap();
+    configure_vcpu(&HostFeatures::of(&kvm).unwrap(), &vcpu, 1, 2, None).unwrap();
     assert_eq!(vcpu.get_regs().unwrap(), before);
     let state = vcpu.get_mp_state().unwrap().mp_state;
     assert_eq!(state, kvm_bindings::KVM_MP_STATE_UNINITIALIZED);
@@ -86,7 +100,7 @@ fn every_vcpu_gets_its_features_pins_and_floating_point_state() {
     let Some((kvm, vm)) = machine() else { return };
     for index in 0..3 {
         let vcpu = vm.create_vcpu(index.into()).unwrap();
-        configure_vcpu(&kvm, &vcpu, index, 3, None).unwrap();
+        configure_vcpu(&HostFeatures::of(&kvm).unwrap(), &vcpu, index, 3, None).unwrap();
         let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).unwrap();
         let leaf = cpuid.as_slice().iter().find(|leaf| leaf.function == 1);
         assert_eq!(leaf.unwrap().ebx >> 24, u32::from(index));

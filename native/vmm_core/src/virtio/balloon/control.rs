@@ -4,9 +4,10 @@
 //! of the device's. Each side writes one of the two numbers.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::interrupt::Interrupt;
+use crate::lock::lock;
 
 /// `actual` in the configuration space; `num_pages` is before it.
 const ACTUAL_OFFSET: usize = 4;
@@ -58,9 +59,7 @@ impl BalloonControl {
     }
 
     fn interrupt(&self) -> MutexGuard<'_, Option<Arc<Interrupt>>> {
-        self.interrupt
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.interrupt)
     }
 
     pub(super) fn read_config(&self, offset: usize, data: &mut [u8]) {

@@ -29,6 +29,7 @@ use super::state::{BlockState, VERSION};
 use crate::virtio::device::{
     Activation, DeviceError, DeviceKind, FIRST_DEVICE_TOKEN, VirtioDevice, Watcher,
 };
+use crate::virtio::saved;
 use crate::virtio::throttle::Throttle;
 
 /// Entries of the queue. With indirect descriptors a request takes one, but may have this many
@@ -145,13 +146,6 @@ impl Block {
             is_read_only: self.pump.disk.is_read_only(),
         }
     }
-
-    fn state_error(reason: String) -> DeviceError {
-        DeviceError::State {
-            kind: DeviceKind::Block.name(),
-            reason,
-        }
-    }
 }
 
 impl VirtioDevice for Block {
@@ -248,17 +242,15 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
-        postcard::to_stdvec(&self.state())
-            .map_err(|error| Self::state_error(format!("encode: {error}")))
+        saved::encode(DeviceKind::Block, &self.state())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
-        let saved: BlockState = postcard::from_bytes(state)
-            .map_err(|error| Self::state_error(format!("disk {}: decode: {error}", self.id)))?;
-        match saved.difference(&self.state()) {
+        let state: BlockState = saved::decode(DeviceKind::Block, state)?;
+        match state.difference(&self.state()) {
             Some(difference) => {
                 let reason = format!("disk {}: {difference}", self.id);
-                Err(Self::state_error(reason))
+                Err(saved::refused(DeviceKind::Block, reason))
             }
             None => Ok(()),
         }
