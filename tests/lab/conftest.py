@@ -25,7 +25,7 @@ from lab_guest.restored import CHECKS, describe
 CACHES: tuple[Literal["never", "auto", "always"], ...] = ("never", "auto", "always")
 DISK_MIB = 64
 _EXT4_MIB = 1024
-_MOST_DESCRIPTORS = 8192
+_MOST_DESCRIPTORS = 200_000
 _TEST_TIMEOUT_S = 300
 
 
@@ -51,7 +51,7 @@ def image() -> Iterator[GuestImage]:
         image = guest_image()
     except ImageError as error:
         pytest.skip(str(error))
-    # A thousand streams are two thousand descriptors here, and root may have them.
+    # A hundred thousand files are as many descriptors here, and root may have them.
     most = max(limits[1], _MOST_DESCRIPTORS)
     resource.setrlimit(resource.RLIMIT_NOFILE, (_MOST_DESCRIPTORS, most))
     yield image

@@ -62,7 +62,7 @@ def _live(machine: Machine, snapshot: Path) -> dict[str, object]:
         assert numbers == [str(number + 1) for number in range(len(numbers))], numbers
     seen["processors"] = machine.run("nproc")
     seen["complaints"] = machine.run(
-        "dmesg | grep -iE 'bug|stall|lockup|i/o error|ext4-fs error|fuse:.*error' || true"
+        "dmesg | grep -iE 'bug:|stall|lockup|i/o error|ext4-fs error|fuse:.*error' || true"
     )
     seen["restore_s"] = round(restored - began, 2)
     seen["answer_s"] = round(answered - restored, 2)

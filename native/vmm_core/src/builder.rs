@@ -26,16 +26,17 @@ use crate::devices::console::Console;
 use crate::devices::i8042::{self, I8042};
 use crate::devices::serial::Serial;
 use crate::event::VmEvents;
-use crate::interrupt::Interrupt;
+use crate::interrupt::{ACKNOWLEDGED_USED, Interrupt};
 use crate::kvm::{self, MappedVm};
 use crate::lock::lock;
 use crate::machine::{FIRST_SUBSCRIBER, Machine, Mailbox, Resources, StateCell};
 use crate::memory;
+use crate::register_page::REGISTERS_START;
 use crate::snapshot::{MachineState, Snapshot};
 use crate::thread;
 use crate::vcpu::{Vcpu, Wanted};
 use crate::virtio::device::{VirtioDevice, Watcher};
-use crate::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
 use crate::vm::{Running, VmConfig, VmError, VmState};
 
 /// Each has an interrupt line of its own: two edges on one line would be one interrupt.
@@ -75,7 +76,7 @@ pub(crate) fn launch(mut parts: Parts<'_>, snapshot: Option<&Path>) -> Result<Ru
             memory::from_snapshot(config.memory_mib, &snapshot.memory()?)?
         }
     };
-    let vm = MappedVm::new(kvm::create_vm(&kvm)?, Arc::clone(&ram))?;
+    let mut vm = MappedVm::new(kvm::create_vm(&kvm)?, Arc::clone(&ram))?;
     arch::prepare_vm(&vm.vm)?;
     let vcpus = (0..config.vcpu_count)
         .map(|index| {
@@ -91,7 +92,7 @@ pub(crate) fn launch(mut parts: Parts<'_>, snapshot: Option<&Path>) -> Result<Ru
         }
         arch::restore_vm(&vm.vm, &saved.vm, ClockPolicy::Continue)?;
     }
-    let board = Board::new(&mut parts, &vm, &ram, saved)?;
+    let board = Board::new(&mut parts, &mut vm, &ram, saved)?;
     if let Some(saved) = saved {
         for (device, state) in board.devices.iter().zip(&saved.devices) {
             device.restore(state).map_err(VmError::Device)?;
@@ -115,7 +116,7 @@ struct Board {
 impl Board {
     fn new(
         parts: &mut Parts<'_>,
-        vm: &MappedVm,
+        vm: &mut MappedVm,
         ram: &Arc<GuestRam>,
         saved: Option<&MachineState>,
     ) -> Result<Self, VmError> {
@@ -147,14 +148,20 @@ impl Board {
         subscriber: u32,
         gsi: u32,
         events: &Arc<dyn VmEvents>,
-        vm: &MappedVm,
+        vm: &mut MappedVm,
         ram: &Arc<GuestRam>,
     ) -> Result<(), VmError> {
-        let address =
-            layout::MMIO_DEVICES_START + self.nodes.len() as u64 * layout::MMIO_DEVICE_SIZE;
+        let pages = layout::MMIO_DEVICES_START + self.nodes.len() as u64 * layout::MMIO_DEVICE_SIZE;
+        let address = pages + REGISTERS_START as u64;
+        let size = layout::MMIO_DEVICE_SIZE - REGISTERS_START as u64;
         let interrupt = Interrupt::new(gsi).map(Arc::new);
         let interrupt = interrupt.map_err(system("create an interrupt's eventfd"))?;
         vm.register_irqfd(&*interrupt, gsi)?;
+        vm.add_register_page(Arc::clone(interrupt.page()), pages)?;
+        // Nobody reads it: that the write does not leave the kernel is all it is for.
+        let acknowledged = eventfd(0, EventfdFlags::CLOEXEC);
+        let acknowledged = acknowledged.map_err(system("create an interrupt's eventfd"))?;
+        vm.register_ioeventfd(acknowledged, address + INTERRUPT_ACK, ACKNOWLEDGED_USED)?;
         let watcher = Watcher::new(Arc::clone(&self.epoll), subscriber);
         let transport = MmioTransport::new(
             device,
@@ -168,14 +175,9 @@ impl Board {
             vm.register_ioeventfd(&**kick, address + QUEUE_NOTIFY, index)?;
         }
         let device = Arc::clone(&transport);
-        self.registers
-            .insert(address, layout::MMIO_DEVICE_SIZE, device)?;
+        self.registers.insert(address, size, device)?;
         self.devices.push(transport);
-        self.nodes.push(MmioNode {
-            address,
-            size: layout::MMIO_DEVICE_SIZE,
-            gsi,
-        });
+        self.nodes.push(MmioNode { address, size, gsi });
         Ok(())
     }
 }

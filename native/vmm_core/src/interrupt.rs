@@ -2,43 +2,67 @@
 //!
 //! The status bit is set before the irqfd is written, or the driver's handler would find nothing
 //! to do and the interrupt be lost (virtio 1.2, 4.2.2.5). Lock-free: signalled by the I/O thread,
-//! read and acknowledged by vCPUs, which wait for nobody.
+//! acknowledged by vCPUs, which wait for nobody; the guest reads the status in the device's
+//! [`RegisterPage`].
+//!
+//! An acknowledgement of "a queue was used" alone may be left to the kernel, which does nothing
+//! ([`ACKNOWLEDGED_USED`]): the bit then stays set, and all it says is to look at the queues,
+//! which is what the interrupt itself means. Nothing is lost by that, and no exit is needed.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
+use crate::register_page::RegisterPage;
+
 /// `VIRTIO_MMIO_INT_VRING`: a queue was used.
 const USED: u32 = 1;
+/// What the driver writes to acknowledge nothing but that.
+pub(crate) const ACKNOWLEDGED_USED: u32 = USED;
+/// `InterruptStatus` and `ConfigGeneration`.
+const STATUS_REGISTER: usize = 0x060;
+const GENERATION_REGISTER: usize = 0x0fc;
 /// `VIRTIO_MMIO_INT_CONFIG`: the configuration space changed.
 const CONFIG: u32 = 2;
 
 /// One line.
 #[derive(Debug)]
 pub struct Interrupt {
-    status: AtomicU32,
+    page: Arc<RegisterPage>,
     irqfd: OwnedFd,
     /// GSI it is routed to.
     gsi: u32,
     raised: AtomicU64,
-    config_generation: AtomicU32,
 }
 
 impl Interrupt {
-    /// A line with an eventfd, to be registered as irqfd of `gsi`.
+    /// A line with an eventfd, to be registered as irqfd of `gsi`, and the registers of its device.
     ///
     /// # Errors
-    /// As eventfd(2).
+    /// As eventfd(2) and mmap(2).
     pub fn new(gsi: u32) -> Result<Self, Errno> {
         Ok(Self {
-            status: AtomicU32::new(0),
+            page: Arc::new(RegisterPage::new()?),
             irqfd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             gsi,
             raised: AtomicU64::new(0),
-            config_generation: AtomicU32::new(0),
         })
+    }
+
+    /// Where the guest reads the device's registers.
+    pub(crate) fn page(&self) -> &Arc<RegisterPage> {
+        &self.page
+    }
+
+    fn status_register(&self) -> &AtomicU32 {
+        self.page.register(STATUS_REGISTER)
+    }
+
+    fn generation_register(&self) -> &AtomicU32 {
+        self.page.register(GENERATION_REGISTER)
     }
 
     /// Tell the driver that a queue was used.
@@ -48,12 +72,12 @@ impl Interrupt {
 
     /// Tell the driver that the configuration space changed.
     pub fn signal_config(&self) {
-        self.config_generation.fetch_add(1, Ordering::SeqCst);
+        self.generation_register().fetch_add(1, Ordering::SeqCst);
         self.raise(CONFIG);
     }
 
     fn raise(&self, bit: u32) {
-        self.status.fetch_or(bit, Ordering::SeqCst);
+        self.status_register().fetch_or(bit, Ordering::SeqCst);
         self.raised.fetch_add(1, Ordering::Relaxed);
         // EAGAIN would be a counter at its maximum: an interrupt pending anyway.
         while rustix::io::write(&self.irqfd, &1u64.to_ne_bytes()) == Err(Errno::INTR) {}
@@ -71,27 +95,28 @@ impl Interrupt {
 
     /// The interrupt status register.
     pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+        self.status_register().load(Ordering::SeqCst)
     }
 
     /// The configuration generation register: another number after each change.
     pub fn config_generation(&self) -> u32 {
-        self.config_generation.load(Ordering::SeqCst)
+        self.generation_register().load(Ordering::SeqCst)
     }
 
     /// Set the generation, on restore.
     pub fn set_config_generation(&self, generation: u32) {
-        self.config_generation.store(generation, Ordering::SeqCst);
+        self.generation_register()
+            .store(generation, Ordering::SeqCst);
     }
 
     /// The driver acknowledges some bits.
     pub fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::SeqCst);
+        self.status_register().fetch_and(!bits, Ordering::SeqCst);
     }
 
     /// Set the register, on reset and restore; no interrupt is raised.
     pub fn set_status(&self, status: u32) {
-        self.status.store(status, Ordering::SeqCst);
+        self.status_register().store(status, Ordering::SeqCst);
     }
 }
 

@@ -13,11 +13,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_bindings::{KVM_API_VERSION, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use virtio_core::ram::GuestRam;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::register_page::{PAGE_SIZE, RegisterPage};
 
 /// Tries before a machine that signals keep from being made is given up.
 const CREATE_VM_TRIES: usize = 5;
@@ -110,6 +112,7 @@ pub struct MappedVm {
     /// The machine. Fields drop in order: no slot refers to memory that is gone.
     pub vm: VmFd,
     ram: Arc<GuestRam>,
+    register_pages: Vec<Arc<RegisterPage>>,
 }
 
 impl MappedVm {
@@ -133,7 +136,41 @@ impl MappedVm {
             unsafe { vm.set_user_memory_region(entry) }
                 .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        Ok(Self { vm, ram })
+        Ok(Self {
+            vm,
+            ram,
+            register_pages: Vec::new(),
+        })
+    }
+
+    /// Let the guest read `page` at `address`, if this KVM can have memory that is only read;
+    /// writes leave the guest as before.
+    ///
+    /// # Errors
+    /// `KVM_SET_USER_MEMORY_REGION` failed.
+    pub fn add_register_page(
+        &mut self,
+        page: Arc<RegisterPage>,
+        address: u64,
+    ) -> Result<(), KvmError> {
+        if !self.vm.check_extension(Cap::ReadonlyMem) {
+            return Ok(());
+        }
+        let slots = self.ram.ranges().count() + self.register_pages.len();
+        let entry = kvm_userspace_memory_region {
+            slot: u32::try_from(slots).unwrap_or(u32::MAX),
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: address,
+            memory_size: PAGE_SIZE as u64,
+            userspace_addr: page.host_address(),
+        };
+        // SAFETY: the page is a mapping of its own, kept in the same value as `vm` and dropped
+        // after it; slots are distinct. The guest only reads it, and Rust code reaches it by
+        // atomic accesses only.
+        unsafe { self.vm.set_user_memory_region(entry) }
+            .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
+        self.register_pages.push(page);
+        Ok(())
     }
 
     /// The guest's memory.

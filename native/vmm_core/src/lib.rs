@@ -8,7 +8,7 @@
 //! - [`virtio`] has the devices behind the MMIO transport, [`devices`] those behind ports, [`bus`]
 //!   finds them;
 //! - [`boot`] puts a kernel into guest memory; [`arch`] is what differs between processors;
-//!   [`memory`], [`kvm`], `thread`, `seccomp` are what the host gives.
+//!   [`memory`], [`register_page`], [`kvm`], `thread`, `seccomp` are what the host gives.
 //!
 //! [`probe`] says whether KVM on this host can run an ordinary kernel at all.
 //!
@@ -32,6 +32,7 @@ mod machine;
 pub mod memory;
 pub mod probe;
 pub mod rate_limiter;
+pub mod register_page;
 mod seccomp;
 pub mod snapshot;
 mod thread;

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vmm_core::event::{VmEvents, VmExit};
 use vmm_core::memory::MemoryBacking;
+use vmm_core::rate_limiter::RateLimiterConfig;
+use vmm_core::virtio::rng::Rng;
 use vmm_core::vm::{Vm, VmConfig, VmError, VmState};
 
 const LOAD_ADDRESS: u64 = 0x100_0000;
@@ -202,6 +204,26 @@ fn a_machine_that_ended_by_itself_keeps_nobody_waiting() {
     machine.vm.stop().unwrap();
     // Far less than a request's time limit.
     assert!(began.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_guest_reads_the_registers_that_it_writes() {
+    // Says the first letter of the magic value and what became of a status of ACKNOWLEDGE.
+    let mut code = vec![0xbe]; // mov esi, the first device's registers
+    code.extend(0xc000_0f00u32.to_le_bytes());
+    code.extend([0x66, 0xba, 0xf8, 0x03]); // mov dx, 0x3f8
+    code.extend([0x8b, 0x06, 0xee]); // mov eax, [rsi]; out dx, al
+    code.extend([0xc7, 0x46, 0x70, 1, 0, 0, 0]); // mov dword [rsi + 0x70], 1
+    code.extend([0x8b, 0x46, 0x70, 0x04, b'0', 0xee]); // mov eax, [rsi + 0x70]; add al, '0'; out
+    code.extend(switch_off());
+    let machine = Machine::new(&code);
+    machine
+        .vm
+        .add_device(Box::new(Rng::new(&RateLimiterConfig::default()).unwrap()))
+        .unwrap();
+    machine.vm.start().unwrap();
+    assert_eq!(machine.exit(), VmExit::Shutdown);
+    assert_eq!(machine.console(), "v1");
 }
 
 #[test]

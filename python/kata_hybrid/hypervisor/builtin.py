@@ -15,6 +15,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -210,6 +211,7 @@ class BuiltinHypervisor:
     def _launch(self, vm: vmm.Vm) -> None:
         """Open everything and start. On a thread of its own."""
         settings = self._settings
+        _raise_descriptor_limit()
         vm.add_vsock(socket_path=free_hybrid_path(self._machine.run_dir), guest_cid=USER_GUEST_CID)
         vm.add_rng()
         if settings.reclaims_freed_memory:
@@ -288,6 +290,12 @@ class BuiltinHypervisor:
         if self._vm is not None:
             self._console_end = _console_tail(self._vm)
             self._vm = None
+
+
+def _raise_descriptor_limit() -> None:
+    """Open what this process may: each file a guest knows and each stream is one of ours."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _call(work: Callable[[], None], *, timeout_s: float) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -195,6 +196,20 @@ async def test_every_device_is_taken_and_a_stale_socket_replaced(run_dir: Path) 
         await machine.stop()
         await machine.cleanup()
     assert not (run_dir / "agent.sock").exists()
+
+
+@needs_kvm
+@on_loop
+async def test_a_machine_may_open_as_many_files_as_the_host_allows(run_dir: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
+    hypervisor = make(run_dir)
+    try:
+        await hypervisor.start()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        await hypervisor.stop()
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @needs_kvm

@@ -7,10 +7,12 @@
 //! ```
 //!
 //! vCPUs access the registers, the I/O thread brings kicks and descriptors' readiness. Both take
-//! the lock for as long as the device works, but for the interrupt registers, which every
-//! interrupt reads: those are lock-free. Kicks arrive as ioeventfds and leave no vCPU waiting.
+//! the lock for as long as the device works, but to read registers: those are kept in a page that
+//! the guest reads by itself where KVM can do that (`register_page.rs`), and brought up to date
+//! whenever something changes. Kicks arrive as ioeventfds and leave no vCPU waiting.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
@@ -26,11 +28,14 @@ use crate::bus::{BusDevice, Outcome};
 use crate::event::{VmEvents, chain};
 use crate::interrupt::Interrupt;
 use crate::lock::lock;
+use crate::register_page::REGISTERS_SIZE;
 
 /// Where the driver rings a queue's bell (`QueueNotify`).
 pub(crate) const QUEUE_NOTIFY: u64 = 0x050;
+/// Where the driver acknowledges an interrupt (`InterruptACK`).
+pub(crate) const INTERRUPT_ACK: u64 = 0x064;
 /// Where the device's configuration space begins.
-const CONFIG_SPACE: u64 = 0x100;
+const CONFIG_SPACE: u64 = REGISTERS_SIZE as u64;
 
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
@@ -102,7 +107,7 @@ impl MmioTransport {
             queues: initial_queues(sizes),
             ..Registers::default()
         };
-        Ok(Self {
+        let transport = Self {
             kind: device.kind(),
             name: device.name().to_owned(),
             interrupt,
@@ -116,7 +121,10 @@ impl MmioTransport {
                 is_active: false,
                 failures: 0,
             }),
-        })
+        };
+        transport.publish_constants();
+        transport.publish(&transport.lock());
+        Ok(transport)
     }
 
     /// What is behind the registers.
@@ -170,7 +178,13 @@ impl MmioTransport {
     /// The device cannot go on: tell the driver, who has to reset it.
     fn fail(&self, inner: &mut Inner, error: &DeviceError) {
         self.deactivate(inner);
+        self.ask_for_reset(inner, error);
+    }
+
+    fn ask_for_reset(&self, inner: &mut Inner, error: &DeviceError) {
         inner.registers.status |= status::NEEDS_RESET;
+        // Before the interrupt: its handler reads it.
+        self.publish(inner);
         self.interrupt.signal_config();
         self.warn(inner, error);
     }
@@ -242,6 +256,7 @@ impl MmioTransport {
         }
         inner.device.restore(&state.device)?;
         inner.registers = state.registers.clone();
+        self.publish(&inner);
         self.interrupt.set_status(state.interrupt_status);
         self.interrupt
             .set_config_generation(state.config_generation);
@@ -331,38 +346,48 @@ impl MmioTransport {
 
     // --- registers -----------------------------------------------------------------------------
 
-    fn read_register(&self, offset: u64) -> u32 {
-        match offset {
-            // Lock-free: read at every interrupt.
-            0x060 => return self.interrupt.status(),
-            0x0fc => return self.interrupt.config_generation(),
-            0x000 => return MAGIC,
-            0x004 => return VERSION,
-            0x008 => return self.kind as u32,
-            0x00c => return VENDOR,
-            // No shared memory regions: their length reads as all ones.
-            0x0b0..=0x0bc => return u32::MAX,
-            _ => {}
-        }
-        let inner = self.lock();
-        let registers = &inner.registers;
-        let selected = registers.queues.get(registers.queue_select as usize);
-        match offset {
-            0x010 => half(inner.device.features(), registers.device_features_select),
-            0x034 => inner
-                .device
-                .queue_sizes()
-                .get(registers.queue_select as usize)
-                .map_or(0, |size| u32::from(*size)),
-            0x044 => selected.map_or(0, |queue| u32::from(queue.is_ready)),
-            0x070 => registers.status,
-            _ => 0,
+    /// Registers that never change. The interrupt has its own two.
+    fn publish_constants(&self) {
+        let mut registers = vec![
+            (0x000, MAGIC),
+            (0x004, VERSION),
+            (0x008, self.kind as u32),
+            (0x00c, VENDOR),
+        ];
+        // No shared memory regions: their length and place read as all ones.
+        registers.extend([0x0b0, 0x0b4, 0x0b8, 0x0bc].map(|offset| (offset, u32::MAX)));
+        self.set(&registers);
+    }
+
+    /// Bring the registers that the guest reads up to date with what they depend on.
+    fn publish(&self, inner: &Inner) {
+        let Inner {
+            registers, device, ..
+        } = inner;
+        let index = registers.queue_select as usize;
+        let size = device.queue_sizes().get(index).copied().unwrap_or(0);
+        let queue = registers.queues.get(index);
+        self.set(&[
+            (
+                0x010,
+                half(device.features(), registers.device_features_select),
+            ),
+            (0x034, size.into()),
+            (0x044, queue.map_or(0, |queue| u32::from(queue.is_ready))),
+            (0x070, registers.status),
+        ]);
+    }
+
+    fn set(&self, registers: &[(usize, u32)]) {
+        for (offset, value) in registers {
+            let register = self.interrupt.page().register(*offset);
+            register.store(*value, Ordering::SeqCst);
         }
     }
 
     fn write_register(&self, offset: u64, value: u32) {
         match offset {
-            0x064 => return self.interrupt.acknowledge(value),
+            INTERRUPT_ACK => return self.interrupt.acknowledge(value),
             QUEUE_NOTIFY => {
                 // Only where the kernel has no ioeventfd for it.
                 if let Some(kick) = self.kicks.get(value as usize) {
@@ -402,6 +427,7 @@ impl MmioTransport {
             }
             _ => {}
         }
+        self.publish(&inner);
     }
 
     fn write_status(&self, inner: &mut Inner, value: u32) {
@@ -435,9 +461,7 @@ impl MmioTransport {
             && !inner.is_active
             && let Err(error) = self.activate(inner, None)
         {
-            inner.registers.status |= status::NEEDS_RESET;
-            self.interrupt.signal_config();
-            self.warn(inner, &error);
+            self.ask_for_reset(inner, &error);
         }
     }
 }
@@ -459,7 +483,7 @@ impl BusDevice for MmioTransport {
             }
         } else if let Ok(word) = <&mut [u8; 4]>::try_from(data) {
             // Registers are accessed whole (virtio 1.2, 4.2.2.2); anything else reads as zeros.
-            *word = self.read_register(offset).to_le_bytes();
+            *word = self.interrupt.page().read(offset).to_le_bytes();
         }
     }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!   0x0000_0500  GDT, IDT                        0x000e_0000  RSDP and the other ACPI tables
 //!   0x0000_6000  PVH start info, module list     0x0010_0000  kernel, free memory, initrd on top
-//!   0x0000_7000  boot_params, or the PVH map     0xc000_0000  gap: virtio devices, 4 KiB each
+//!   0x0000_7000  boot_params, or the PVH map     0xc000_0000  gap: virtio devices, 8 KiB each
 //!   0x0000_8ff0  boot stack (grows down)         0xfec0_0000  IOAPIC      0xfee0_0000  local APIC
 //!   0x0000_9000  page tables, 24 KiB             0xfffb_c000  identity map page, TSS pages
 //!   0x0002_0000  command line, 64 KiB            0x1_0000_0000  the rest of the memory
@@ -25,10 +25,11 @@ pub const GAP_START: u64 = 0xc000_0000;
 /// Memory goes on here.
 pub const GAP_END: u64 = 0x1_0000_0000;
 
-/// The first virtio-mmio device's registers.
+/// The first virtio-mmio device's pages: one that ends with its registers, and one with its
+/// configuration space (`register_page.rs`).
 pub const MMIO_DEVICES_START: u64 = GAP_START;
 /// Address space of each virtio-mmio device.
-pub const MMIO_DEVICE_SIZE: u64 = 0x1000;
+pub const MMIO_DEVICE_SIZE: u64 = 0x2000;
 /// Interrupt lines of the virtio-mmio devices: what is left of the IOAPIC's 24 pins after the
 /// timer (0), keyboard (1), cascade (2) and serial ports (3, 4).
 pub const MMIO_GSIS: RangeInclusive<u32> = 5..=23;
@@ -141,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn every_device_has_a_page_below_the_interrupt_controllers() {
+    fn every_device_has_its_pages_below_the_interrupt_controllers() {
         let devices = MMIO_GSIS.count() as u64;
         assert_eq!(devices, 19);
         assert!(MMIO_DEVICES_START + devices * MMIO_DEVICE_SIZE <= u64::from(IOAPIC_ADDRESS));
