@@ -92,6 +92,83 @@ PROMISES = (
         better="lower",
         about="one descriptor chain walked, Rust over regions / Cython over a flat buffer",
     ),
+    Promise(
+        name="vmm_boot",
+        unit="ms",
+        limit=0.6,
+        better="lower",
+        about="exec to /init, the built-in monitor / QEMU microvm, both on KVM",
+    ),
+    Promise(
+        name="vmm_boot_counted",
+        unit="ms",
+        limit=0.6,
+        better="lower",
+        about="the same, time being the count of instructions",
+    ),
+    Promise(
+        name="vmm_memory",
+        unit="MiB",
+        limit=5.0,
+        better="lower",
+        about="memory of a monitor besides its guest's / 1 MiB",
+    ),
+    Promise(
+        name="vmm_restore",
+        unit="ms",
+        limit=0.2,
+        better="lower",
+        about="first answer of a guest, from a snapshot / from a cold boot",
+    ),
+    Promise(
+        name="vmm_block_random",
+        unit="MiB/s",
+        limit=1.0,
+        better="higher",
+        about="4 KiB direct reads of a disk, sixteen at a time, built in / QEMU",
+    ),
+    Promise(
+        name="vmm_block_sequential",
+        unit="MiB/s",
+        limit=1.0,
+        better="higher",
+        about="1 MiB direct reads of a disk, built in / QEMU",
+    ),
+    Promise(
+        name="vmm_folder_sequential",
+        unit="MiB/s",
+        limit=1.0,
+        better="higher",
+        about="1 MiB reads of a shared folder, built in / virtiofsd",
+    ),
+    Promise(
+        name="vmm_folder_random",
+        unit="MiB/s",
+        limit=1.0,
+        better="higher",
+        about="4 KiB direct reads of a shared folder, built in / virtiofsd",
+    ),
+    Promise(
+        name="vmm_vsock_to_guest",
+        unit="MiB/s",
+        limit=1.0,
+        better="higher",
+        about="a stream to the guest, built in / vhost-vsock",
+    ),
+    Promise(
+        name="vmm_vsock_to_host",
+        unit="MiB/s",
+        limit=1.0,
+        better="higher",
+        about="a stream from the guest, built in / vhost-vsock",
+    ),
+    Promise(
+        name="vmm_vsock_round_trip",
+        unit="us",
+        limit=None,
+        better="lower",
+        about="64 bytes to the guest and back, built in / vhost-vsock",
+    ),
 )
 
 
@@ -156,6 +233,11 @@ def from_samples(
         spread=max(_relative_spread(ours), _relative_spread(reference)),
         note=note,
     )
+
+
+def ratio_of(record: Mapping[str, Any]) -> float:
+    """Return the ratio of a record by itself."""
+    return statistics.median(record["ours"]) / statistics.median(record["reference"])
 
 
 def missing(promise: Promise, *, reason: str) -> Figure:

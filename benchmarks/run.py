@@ -4,6 +4,8 @@
            containers  bench_containers.py         pytest-benchmark, on a containerd of its own
            vsock_io    native/vsock_io/benches/    criterion, plain copies as the reference
            packets     native/*/benches/           criterion for Rust, pytest-benchmark for Cython
+           machine     lab/                        the built-in monitor against QEMU, in the lab
+           counted     lab/                        the boot in a lab whose time is instructions
 
 Every figure is a ratio of two sides taken here and now; nothing is compared with another machine
 or another day. A part that fails leaves its figures unmeasured, and an unmeasured figure does not
@@ -42,6 +44,15 @@ _REASON_CHARACTERS = 160
 _STDOUT_MIB = 32
 """What ``benches/stdout_pump.rs`` copies in one iteration."""
 _PACKET_ROUNDS = 3
+_LAB_RECORDS = BUILD / "lab" / "bench-records.jsonl"
+"""In the part of ``build/`` that the lab shares."""
+_IMAGES_TIMEOUT_S = 900.0
+_LAB_TIMEOUT_S = 1500.0
+_COUNT_SHIFT = 1
+"""Each instruction takes 2 ns in a counted lab."""
+_LAB_PYTHON_PATH = "tests:benchmarks/lab:benchmarks"
+_REPEATS = 0.01
+"""How far apart, relative to their mean, two counted boots may be."""
 
 Record = dict[str, Any]
 """What a part measured of one figure: see ``figures.evaluate``."""
@@ -89,6 +100,23 @@ def parts() -> list[Part]:
             figures=("vsock_packet_parse", "virtqueue_walk"),
             measure=measure_packets,
         ),
+        Part(
+            name="machine",
+            title="the built-in machine monitor against QEMU, in the lab",
+            figures=(
+                *("vmm_boot", "vmm_memory", "vmm_restore"),
+                *("vmm_block_random", "vmm_block_sequential"),
+                *("vmm_folder_sequential", "vmm_folder_random"),
+                *("vmm_vsock_to_guest", "vmm_vsock_to_host", "vmm_vsock_round_trip"),
+            ),
+            measure=measure_machine,
+        ),
+        Part(
+            name="counted",
+            title="the boot again, time being the count of instructions",
+            figures=("vmm_boot_counted",),
+            measure=measure_counted,
+        ),
     ]
 
 
@@ -98,7 +126,6 @@ def run_pytest(file: str, keep: Keep) -> None:
     Raises:
         PartError: a measurement failed.
     """
-    RECORDS.write_text("")
     command = [
         *(_python(), "-m", "pytest", "--benchmark-enable", "--benchmark-disable-gc"),
         *("-o", "python_files=bench_*.py", "-o", "pythonpath=tests scripts benchmarks"),
@@ -108,16 +135,27 @@ def run_pytest(file: str, keep: Keep) -> None:
         *("--benchmark-json", os.fspath(BUILD / f"{Path(file).stem}.json")),
         os.fspath(ROOT / "benchmarks" / file),
     ]
-    deadline = time.monotonic() + _PYTEST_TIMEOUT_S
+    follow(command, records=RECORDS, keep=keep, timeout_s=_PYTEST_TIMEOUT_S)
+
+
+def follow(command: list[str], *, records: Path, keep: Keep, timeout_s: float) -> None:
+    """Run a command that writes a record a line to ``records``, keeping each as it comes.
+
+    Raises:
+        PartError: the command failed, or was not done in time.
+    """
+    records.parent.mkdir(parents=True, exist_ok=True)
+    records.write_text("")
+    deadline = time.monotonic() + timeout_s
     failures: list[str] = []
-    with LOG.open("ab") as log, RECORDS.open() as records:
+    with LOG.open("ab") as log, records.open() as lines:
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
         try:
             while True:
                 is_over = _is_over(process)
-                for line in records:
+                for line in lines:
                     record = json.loads(line)
                     if "failed" in record:
                         failures.append(f"{record['failed']}: {record['reason']}")
@@ -126,11 +164,12 @@ def run_pytest(file: str, keep: Keep) -> None:
                 if is_over:
                     break
                 if time.monotonic() > deadline:
-                    raise PartError(f"not done in {_PYTEST_TIMEOUT_S:g} s")
+                    raise PartError(f"not done in {timeout_s:g} s")
         finally:
             _end(process)
     if process.returncode != 0:
-        raise PartError(" | ".join(_shorten(text) for text in failures) or "pytest failed")
+        said = " | ".join(_shorten(text) for text in failures)
+        raise PartError(said or f"{command[1]} failed")
 
 
 def measure_vsock_io(keep: Keep) -> None:
@@ -200,6 +239,62 @@ def measure_packets(keep: Keep) -> None:
                 "reference": [sample * 1e9 for sample in cython[name]],
             }
         )
+
+
+def measure_machine(keep: Keep) -> None:
+    """Measure the built-in monitor beside QEMU, in one lab.
+
+    Raises:
+        PartError: the lab did not start, or a measurement failed.
+    """
+    _make_images()
+    _run_lab([], [], keep)
+
+
+def measure_counted(keep: Keep) -> None:
+    """Measure the boot in two labs whose time is the count of instructions: it has to repeat.
+
+    Raises:
+        PartError: a lab did not start, a measurement failed, or the two are not the same.
+    """
+    _make_images()
+    records: list[Record] = []
+    for number in (1, 2):
+        _say(f"    lab {number} of 2 …")
+        _run_lab(["--icount", str(_COUNT_SHIFT)], ["--counted"], records.append)
+    ratios = [figures.ratio_of(record) for record in records]
+    apart = abs(ratios[0] - ratios[1]) / (sum(ratios) / 2)
+    told = f"two labs: {ratios[0]:.4f} and {ratios[1]:.4f}"
+    if apart > _REPEATS:
+        raise PartError(f"{told}, {apart:.1%} apart: it has to repeat to {_REPEATS:.0%}")
+    keep({**records[0], "note": told})
+
+
+def _make_images() -> None:
+    _say("    building …")
+    environment = {**os.environ, "PYTHONPATH": _LAB_PYTHON_PATH}
+    with LOG.open("ab") as log:
+        done = subprocess.run(
+            [_python(), "benchmarks/lab/images.py"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            timeout=_IMAGES_TIMEOUT_S,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise PartError(f"what the lab runs could not be built; all of it: {LOG}")
+
+
+def _run_lab(lab_options: list[str], options: list[str], keep: Keep) -> None:
+    command = [
+        *(_python(), "scripts/lab.py", "--timeout", f"{_LAB_TIMEOUT_S:g}", *lab_options),
+        *("--", "env", f"PYTHONPATH={_LAB_PYTHON_PATH}"),
+        *(_python(), "benchmarks/lab/measure.py", os.fspath(_LAB_RECORDS), *options),
+    ]
+    follow(command, records=_LAB_RECORDS, keep=keep, timeout_s=_LAB_TIMEOUT_S + 60)
 
 
 def _build_criterion(

@@ -72,13 +72,13 @@ def main() -> int:
         return options.only is None or name in options.only
 
     if options.counted:
-        work = partial(boots.boot, recorder, built, name="vmm_boot_counted")
+        work = partial(boots.boot_counted, recorder, built)
         return 0 if attempt(recorder, "vmm_boot_counted", work) else 1
     good = True
     with tempfile.TemporaryDirectory(prefix="kh-") as name:
         run_dir = Path(name)
         if is_asked("vmm_boot"):
-            work = partial(boots.boot, recorder, built, name="vmm_boot")
+            work = partial(boots.boot, recorder, built)
             good &= attempt(recorder, "vmm_boot", work)
         if is_asked("vmm_restore"):
             work = partial(boots.restore, recorder, built, run_dir)

@@ -25,6 +25,7 @@ from lab_guest.restored import CHECKS, describe
 CACHES: tuple[Literal["never", "auto", "always"], ...] = ("never", "auto", "always")
 DISK_MIB = 64
 _EXT4_MIB = 1024
+_EXT4_FILES = 200_000
 _MOST_DESCRIPTORS = 200_000
 _TEST_TIMEOUT_S = 300
 
@@ -74,7 +75,7 @@ def ext4(run_dir: Path, image: GuestImage) -> Iterator[Path]:
     folder.mkdir()
     with disk.open("wb") as file:
         file.truncate(_EXT4_MIB << 20)
-    subprocess.run(["mkfs.ext4", "-q", disk], check=True, timeout=60)
+    subprocess.run(["mkfs.ext4", "-q", "-N", str(_EXT4_FILES), disk], check=True, timeout=60)
     # Where it is built in there is no such module.
     subprocess.run(["modprobe", "loop"], check=False, timeout=30)
     subprocess.run(["mount", "-o", "loop", disk, folder], check=True, timeout=30)

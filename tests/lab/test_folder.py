@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.timeout(300)
 
 FOLDER_CHECKS = "python3 -I -S /run/checks/folder_checks.py"
 CACHES = ("never", "auto", "always")
+HUNDRED_THOUSAND = 100_000
 MANY_FILES = {"never": 100, "auto": 5000, "always": 100}
 # A second that names and attributes may be kept, and one for an emulated guest.
 KEPT_S = 2.0
@@ -56,13 +58,19 @@ def test_programs_find_a_file_system(
     assert said[check] == f"ok {check}", said[check]
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 def test_a_hundred_thousand_files_are_known_at_once(guest: Machine, folder: Path) -> None:
-    (folder / "hundred").mkdir()
-    said = guest.run(
-        f"MANY_FILES=100000 {FOLDER_CHECKS} /run/auto/hundred many_files", timeout_s=1000
-    )
-    assert said == "CHECK ok many_files"
+    many = folder / "many"
+    many.mkdir()
+    for number in range(HUNDRED_THOUSAND):
+        os.close(os.open(many / f"file-{number}", os.O_CREAT | os.O_WRONLY, 0o640))
+    # Each is looked up, and stays known as long as the guest has memory for it.
+    found = guest.run("find /run/auto/many -type f -perm 640 | wc -l", timeout_s=400)
+    assert int(found) == HUNDRED_THOUSAND
+    guest.run("echo more >/run/auto/many/file-1 && rm /run/auto/many/file-2")
+    assert (many / "file-1").read_text() == "more\n"
+    assert not (many / "file-2").exists()
+    shutil.rmtree(many)
 
 
 def test_large_files_are_the_same_on_both_sides(guest: Machine, folder: Path) -> None:

@@ -281,7 +281,9 @@ class Machine:
         if not is_checked:
             return
         after = Leftovers.now()
-        assert after.descriptors <= self._before.descriptors, "the machine left descriptors open"
+        left = after.descriptors - self._before.descriptors
+        named = {number: os.readlink(f"/proc/self/fd/{number}") for number in left}
+        assert not named, f"the machine left descriptors open: {named}"
         # A thread that was joined is to be seen a moment longer.
         wait_until(
             lambda: Leftovers.now().threads <= self._before.threads,

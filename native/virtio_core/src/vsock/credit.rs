@@ -5,8 +5,9 @@
 //! host socket, so a host that does not read stops the guest after [`BUFFER_SIZE`] bytes.
 //! Pure arithmetic, called by the connection on the I/O thread.
 
-/// Bytes a connection buffers for a host that does not read: our `buf_alloc`.
-pub const BUFFER_SIZE: u32 = 64 * 1024;
+/// Bytes a connection buffers for a host that does not read: our `buf_alloc`. As much as Linux
+/// gives by default: four of a guest's largest packets, so that it does not wait after each.
+pub const BUFFER_SIZE: u32 = 256 * 1024;
 
 /// Tell the guest of new room when its view of it falls below this.
 const UPDATE_THRESHOLD: u32 = BUFFER_SIZE / 2;
