@@ -4,6 +4,8 @@
            containers  bench_containers.py         pytest-benchmark, on a containerd of its own
            vsock_io    native/vsock_io/benches/    criterion, plain copies as the reference
            packets     native/*/benches/           criterion for Rust, pytest-benchmark for Cython
+           machine     lab/                        our machine monitor and QEMU, both in the lab
+           counted     lab/                        the same, where time is the count of instructions
 
 Every figure is a ratio of two sides taken here and now; nothing is compared with another machine
 or another day. A part that fails leaves its figures unmeasured, and an unmeasured figure does not
@@ -13,11 +15,9 @@ only; the parts run in the environment that ``make setup`` made.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -28,28 +28,20 @@ from typing import Any
 
 import criterion
 import figures
+from recorded import BUILD, LOG, RECORDS, ROOT, Keep, PartError, Record, run_recorded
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build"
 RESULT = BUILD / "bench.json"
-RECORDS = BUILD / "bench-records.jsonl"
-LOG = BUILD / "logs" / "bench.log"
+_LAB = ROOT / "benchmarks" / "lab"
 _CRITERION_HOME = BUILD / "criterion"
 _PYTEST_TIMEOUT_S = 300.0
-_END_TIMEOUT_S = 20.0
-_TICK_S = 0.2
-_REASON_CHARACTERS = 160
+_IMAGES_TIMEOUT_S = 1200.0
+_LAB_TIMEOUT_S = 1200.0
+_COUNTED_TIMEOUT_S = 1800.0
+_LAB_END_S = 60.0
+_ICOUNT_SHIFT = 1
 _STDOUT_MIB = 32
 """What ``benches/stdout_pump.rs`` copies in one iteration."""
 _PACKET_ROUNDS = 3
-
-Record = dict[str, Any]
-"""What a part measured of one figure: see ``figures.evaluate``."""
-Keep = Callable[[Record], None]
-
-
-class PartError(Exception):
-    """A part could not be measured, or not all of it; the text says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +81,22 @@ def parts() -> list[Part]:
             figures=("vsock_packet_parse", "virtqueue_walk"),
             measure=measure_packets,
         ),
+        Part(
+            name="machine",
+            title="the machine monitor in the lab, against QEMU",
+            figures=(
+                *("vmm_boot", "vmm_memory", "vmm_restore"),
+                *("vmm_block_random", "vmm_block_sequential"),
+                *("vmm_vsock_throughput", "vmm_vsock_round_trip", "vmm_fs", "vmm_fs_walk"),
+            ),
+            measure=measure_machine,
+        ),
+        Part(
+            name="counted",
+            title="the machine monitor's boot by the count of instructions, against QEMU",
+            figures=("vmm_boot_icount",),
+            measure=measure_counted,
+        ),
     ]
 
 
@@ -98,7 +106,6 @@ def run_pytest(file: str, keep: Keep) -> None:
     Raises:
         PartError: a measurement failed.
     """
-    RECORDS.write_text("")
     command = [
         *(_python(), "-m", "pytest", "--benchmark-enable", "--benchmark-disable-gc"),
         *("-o", "python_files=bench_*.py", "-o", "pythonpath=tests scripts benchmarks"),
@@ -108,29 +115,44 @@ def run_pytest(file: str, keep: Keep) -> None:
         *("--benchmark-json", os.fspath(BUILD / f"{Path(file).stem}.json")),
         os.fspath(ROOT / "benchmarks" / file),
     ]
-    deadline = time.monotonic() + _PYTEST_TIMEOUT_S
-    failures: list[str] = []
-    with LOG.open("ab") as log, RECORDS.open() as records:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-        try:
-            while True:
-                is_over = _is_over(process)
-                for line in records:
-                    record = json.loads(line)
-                    if "failed" in record:
-                        failures.append(f"{record['failed']}: {record['reason']}")
-                    else:
-                        keep(record)
-                if is_over:
-                    break
-                if time.monotonic() > deadline:
-                    raise PartError(f"not done in {_PYTEST_TIMEOUT_S:g} s")
-        finally:
-            _end(process)
-    if process.returncode != 0:
-        raise PartError(" | ".join(_shorten(text) for text in failures) or "pytest failed")
+    run_recorded(command, keep, timeout_s=_PYTEST_TIMEOUT_S)
+
+
+def measure_machine(keep: Keep) -> None:
+    """Measure our machine monitor against QEMU, in the lab.
+
+    Raises:
+        PartError: something could not be built, or a measurement failed.
+    """
+    _run_lab((), (), keep, timeout_s=_LAB_TIMEOUT_S)
+
+
+def measure_counted(keep: Keep) -> None:
+    """Measure the boot in a lab whose time is the count of instructions.
+
+    Raises:
+        PartError: something could not be built, or a measurement failed.
+    """
+    lab = ("--icount", str(_ICOUNT_SHIFT))
+    _run_lab(lab, ("--counted",), keep, timeout_s=_COUNTED_TIMEOUT_S)
+
+
+def _run_lab(
+    lab: tuple[str, ...], arguments: tuple[str, ...], keep: Keep, *, timeout_s: float
+) -> None:
+    """Build what the lab's benchmarks run, and run them."""
+    folders = (_LAB, ROOT / "benchmarks", ROOT / "tests")
+    python_path = f"PYTHONPATH={os.pathsep.join(map(os.fspath, folders))}"
+    _say("    building …")
+    images = ["env", python_path, _python(), os.fspath(_LAB / "images.py")]
+    run_recorded(images, keep, timeout_s=_IMAGES_TIMEOUT_S)
+    _say("    in the lab …")
+    command = [
+        *(_python(), os.fspath(ROOT / "scripts" / "lab.py"), "--timeout", f"{timeout_s:g}", *lab),
+        *("--", "env", python_path, _python(), os.fspath(_LAB / "measure.py")),
+        *(os.fspath(RECORDS), *arguments),
+    ]
+    run_recorded(command, keep, timeout_s=timeout_s + _LAB_END_S)
 
 
 def measure_vsock_io(keep: Keep) -> None:
@@ -311,28 +333,6 @@ def _machine() -> str:
         f"{model}, {os.cpu_count()} cores, Linux {platform.release()}, "
         f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
     )
-
-
-def _is_over(process: subprocess.Popen[bytes]) -> bool:
-    try:
-        process.wait(_TICK_S)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a process that still runs, so that its fixtures clean up; then insist."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        if process.poll() is None:
-            process.send_signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_END_TIMEOUT_S)
-
-
-def _shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _REASON_CHARACTERS else line[:_REASON_CHARACTERS] + " …"
 
 
 def _say(text: str) -> None:

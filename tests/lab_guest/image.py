@@ -31,6 +31,7 @@ CACHE = Path(os.environ.get("KATA_HYBRID_GUEST_CACHE", REPOSITORY / "build/cache
 BUSYBOX = Path("/bin/busybox")
 MODULES = (
     "virtio_mmio",
+    "virtio_pci",
     "virtio_blk",
     "virtio_net",
     "virtiofs",

@@ -4,6 +4,7 @@
  *   echo PORT               sends back what comes; at the end of it, adds its checksum
  *   dial PORT COUNT BYTES   COUNT streams to the host at once, which does what "echo" does
  *   hold PORT               connects to the host and says how the connection ends
+ *   bulk PORT               takes all that comes and answers a byte; 64 MiB if nothing comes
  *
  * A script comes as all the bytes of one direction; back go its output and a last line,
  * "status N". Streams are AF_VSOCK ones. Both ends half-close: who sends is done before who answers.
@@ -378,6 +379,34 @@ static int hold(unsigned port)
     return 0;
 }
 
+/* bulk ----------------------------------------------------------------------------------------- */
+
+/* For benchmarks: nothing is done to the bytes, one stream after the other. */
+static _Noreturn void bulk(unsigned port)
+{
+    enum { CHUNK_BYTES = 1 << 20, ANSWER_BYTES = 64 << 20 };
+    static unsigned char buffer[CHUNK_BYTES];
+    int listener = listen_on(port, 0);
+
+    for (;;) {
+        int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        if (fd < 0)
+            die("accept a stream");
+        size_t received = 0, left;
+        ssize_t count;
+        while ((count = read(fd, buffer, sizeof buffer)) > 0)
+            received += (size_t)count;
+        left = received ? 1 : ANSWER_BYTES;
+        while (left > 0) {
+            count = send(fd, buffer, left < sizeof buffer ? left : sizeof buffer, MSG_NOSIGNAL);
+            if (count <= 0)
+                break;
+            left -= (size_t)count;
+        }
+        close(fd);
+    }
+}
+
 int main(int count, char **words)
 {
     const char *role = count > 1 ? words[1] : "";
@@ -393,6 +422,8 @@ int main(int count, char **words)
         return dial((unsigned)atoi(words[2]), (size_t)atol(words[3]), (size_t)atol(words[4]));
     if (count == 3 && strcmp(role, "hold") == 0)
         return hold((unsigned)atoi(words[2]));
-    printf("usage: serve SHELL... | echo PORT | dial PORT COUNT BYTES | hold PORT\n");
+    if (count == 3 && strcmp(role, "bulk") == 0)
+        bulk((unsigned)atoi(words[2]));
+    printf("usage: serve SHELL... | echo PORT | dial PORT COUNT BYTES | hold PORT | bulk PORT\n");
     return 2;
 }

@@ -6,7 +6,7 @@
 //! Pure arithmetic, called by the connection on the I/O thread.
 
 /// Bytes a connection buffers for a host that does not read: our `buf_alloc`.
-pub const BUFFER_SIZE: u32 = 64 * 1024;
+pub const BUFFER_SIZE: u32 = 256 * 1024;
 
 /// Tell the guest of new room when its view of it falls below this.
 const UPDATE_THRESHOLD: u32 = BUFFER_SIZE / 2;
