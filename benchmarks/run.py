@@ -4,8 +4,8 @@
            containers  bench_containers.py         pytest-benchmark, on a containerd of its own
            vsock_io    native/vsock_io/benches/    criterion, plain copies as the reference
            packets     native/*/benches/           criterion for Rust, pytest-benchmark for Cython
-           machine     lab/                        the built-in monitor against QEMU, in the lab
-           counted     lab/                        the boot in a lab whose time is instructions
+           machine     lab/                        our machine monitor and QEMU, both in the lab
+           counted     lab/                        the same, where time is the count of instructions
 
 Every figure is a ratio of two sides taken here and now; nothing is compared with another machine
 or another day. A part that fails leaves its figures unmeasured, and an unmeasured figure does not
@@ -15,11 +15,9 @@ only; the parts run in the environment that ``make setup`` made.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -30,37 +28,20 @@ from typing import Any
 
 import criterion
 import figures
+from recorded import BUILD, LOG, RECORDS, ROOT, Keep, PartError, Record, run_recorded
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build"
 RESULT = BUILD / "bench.json"
-RECORDS = BUILD / "bench-records.jsonl"
-LOG = BUILD / "logs" / "bench.log"
+_LAB = ROOT / "benchmarks" / "lab"
 _CRITERION_HOME = BUILD / "criterion"
 _PYTEST_TIMEOUT_S = 300.0
-_END_TIMEOUT_S = 20.0
-_TICK_S = 0.2
-_REASON_CHARACTERS = 160
+_IMAGES_TIMEOUT_S = 1200.0
+_LAB_TIMEOUT_S = 1200.0
+_COUNTED_TIMEOUT_S = 1800.0
+_LAB_END_S = 60.0
+_ICOUNT_SHIFT = 1
 _STDOUT_MIB = 32
 """What ``benches/stdout_pump.rs`` copies in one iteration."""
 _PACKET_ROUNDS = 3
-_LAB_RECORDS = BUILD / "lab" / "bench-records.jsonl"
-"""In the part of ``build/`` that the lab shares."""
-_IMAGES_TIMEOUT_S = 900.0
-_LAB_TIMEOUT_S = 1500.0
-_COUNT_SHIFT = 1
-"""Each instruction takes 2 ns in a counted lab."""
-_LAB_PYTHON_PATH = "tests:benchmarks/lab:benchmarks"
-_REPEATS = 0.01
-"""How far apart, relative to their mean, two counted boots may be."""
-
-Record = dict[str, Any]
-"""What a part measured of one figure: see ``figures.evaluate``."""
-Keep = Callable[[Record], None]
-
-
-class PartError(Exception):
-    """A part could not be measured, or not all of it; the text says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,19 +83,18 @@ def parts() -> list[Part]:
         ),
         Part(
             name="machine",
-            title="the built-in machine monitor against QEMU, in the lab",
+            title="the machine monitor in the lab, against QEMU",
             figures=(
                 *("vmm_boot", "vmm_memory", "vmm_restore"),
                 *("vmm_block_random", "vmm_block_sequential"),
-                *("vmm_folder_sequential", "vmm_folder_random"),
-                *("vmm_vsock_to_guest", "vmm_vsock_to_host", "vmm_vsock_round_trip"),
+                *("vmm_vsock_throughput", "vmm_vsock_round_trip", "vmm_fs", "vmm_fs_walk"),
             ),
             measure=measure_machine,
         ),
         Part(
             name="counted",
-            title="the boot again, time being the count of instructions",
-            figures=("vmm_boot_counted",),
+            title="the machine monitor's boot by the count of instructions, against QEMU",
+            figures=("vmm_boot_icount",),
             measure=measure_counted,
         ),
     ]
@@ -135,41 +115,44 @@ def run_pytest(file: str, keep: Keep) -> None:
         *("--benchmark-json", os.fspath(BUILD / f"{Path(file).stem}.json")),
         os.fspath(ROOT / "benchmarks" / file),
     ]
-    follow(command, records=RECORDS, keep=keep, timeout_s=_PYTEST_TIMEOUT_S)
+    run_recorded(command, keep, timeout_s=_PYTEST_TIMEOUT_S)
 
 
-def follow(command: list[str], *, records: Path, keep: Keep, timeout_s: float) -> None:
-    """Run a command that writes a record a line to ``records``, keeping each as it comes.
+def measure_machine(keep: Keep) -> None:
+    """Measure our machine monitor against QEMU, in the lab.
 
     Raises:
-        PartError: the command failed, or was not done in time.
+        PartError: something could not be built, or a measurement failed.
     """
-    records.parent.mkdir(parents=True, exist_ok=True)
-    records.write_text("")
-    deadline = time.monotonic() + timeout_s
-    failures: list[str] = []
-    with LOG.open("ab") as log, records.open() as lines:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-        try:
-            while True:
-                is_over = _is_over(process)
-                for line in lines:
-                    record = json.loads(line)
-                    if "failed" in record:
-                        failures.append(f"{record['failed']}: {record['reason']}")
-                    else:
-                        keep(record)
-                if is_over:
-                    break
-                if time.monotonic() > deadline:
-                    raise PartError(f"not done in {timeout_s:g} s")
-        finally:
-            _end(process)
-    if process.returncode != 0:
-        said = " | ".join(_shorten(text) for text in failures)
-        raise PartError(said or f"{command[1]} failed")
+    _run_lab((), (), keep, timeout_s=_LAB_TIMEOUT_S)
+
+
+def measure_counted(keep: Keep) -> None:
+    """Measure the boot in a lab whose time is the count of instructions.
+
+    Raises:
+        PartError: something could not be built, or a measurement failed.
+    """
+    lab = ("--icount", str(_ICOUNT_SHIFT))
+    _run_lab(lab, ("--counted",), keep, timeout_s=_COUNTED_TIMEOUT_S)
+
+
+def _run_lab(
+    lab: tuple[str, ...], arguments: tuple[str, ...], keep: Keep, *, timeout_s: float
+) -> None:
+    """Build what the lab's benchmarks run, and run them."""
+    folders = (_LAB, ROOT / "benchmarks", ROOT / "tests")
+    python_path = f"PYTHONPATH={os.pathsep.join(map(os.fspath, folders))}"
+    _say("    building …")
+    images = ["env", python_path, _python(), os.fspath(_LAB / "images.py")]
+    run_recorded(images, keep, timeout_s=_IMAGES_TIMEOUT_S)
+    _say("    in the lab …")
+    command = [
+        *(_python(), os.fspath(ROOT / "scripts" / "lab.py"), "--timeout", f"{timeout_s:g}", *lab),
+        *("--", "env", python_path, _python(), os.fspath(_LAB / "measure.py")),
+        *(os.fspath(RECORDS), *arguments),
+    ]
+    run_recorded(command, keep, timeout_s=timeout_s + _LAB_END_S)
 
 
 def measure_vsock_io(keep: Keep) -> None:
@@ -239,62 +222,6 @@ def measure_packets(keep: Keep) -> None:
                 "reference": [sample * 1e9 for sample in cython[name]],
             }
         )
-
-
-def measure_machine(keep: Keep) -> None:
-    """Measure the built-in monitor beside QEMU, in one lab.
-
-    Raises:
-        PartError: the lab did not start, or a measurement failed.
-    """
-    _make_images()
-    _run_lab([], [], keep)
-
-
-def measure_counted(keep: Keep) -> None:
-    """Measure the boot in two labs whose time is the count of instructions: it has to repeat.
-
-    Raises:
-        PartError: a lab did not start, a measurement failed, or the two are not the same.
-    """
-    _make_images()
-    records: list[Record] = []
-    for number in (1, 2):
-        _say(f"    lab {number} of 2 …")
-        _run_lab(["--icount", str(_COUNT_SHIFT)], ["--counted"], records.append)
-    ratios = [figures.ratio_of(record) for record in records]
-    apart = abs(ratios[0] - ratios[1]) / (sum(ratios) / 2)
-    told = f"two labs: {ratios[0]:.4f} and {ratios[1]:.4f}"
-    if apart > _REPEATS:
-        raise PartError(f"{told}, {apart:.1%} apart: it has to repeat to {_REPEATS:.0%}")
-    keep({**records[0], "note": told})
-
-
-def _make_images() -> None:
-    _say("    building …")
-    environment = {**os.environ, "PYTHONPATH": _LAB_PYTHON_PATH}
-    with LOG.open("ab") as log:
-        done = subprocess.run(
-            [_python(), "benchmarks/lab/images.py"],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            timeout=_IMAGES_TIMEOUT_S,
-            check=False,
-        )
-    if done.returncode != 0:
-        raise PartError(f"what the lab runs could not be built; all of it: {LOG}")
-
-
-def _run_lab(lab_options: list[str], options: list[str], keep: Keep) -> None:
-    command = [
-        *(_python(), "scripts/lab.py", "--timeout", f"{_LAB_TIMEOUT_S:g}", *lab_options),
-        *("--", "env", f"PYTHONPATH={_LAB_PYTHON_PATH}"),
-        *(_python(), "benchmarks/lab/measure.py", os.fspath(_LAB_RECORDS), *options),
-    ]
-    follow(command, records=_LAB_RECORDS, keep=keep, timeout_s=_LAB_TIMEOUT_S + 60)
 
 
 def _build_criterion(
@@ -406,28 +333,6 @@ def _machine() -> str:
         f"{model}, {os.cpu_count()} cores, Linux {platform.release()}, "
         f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
     )
-
-
-def _is_over(process: subprocess.Popen[bytes]) -> bool:
-    try:
-        process.wait(_TICK_S)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a process that still runs, so that its fixtures clean up; then insist."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        if process.poll() is None:
-            process.send_signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_END_TIMEOUT_S)
-
-
-def _shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _REASON_CHARACTERS else line[:_REASON_CHARACTERS] + " …"
 
 
 def _say(text: str) -> None:

@@ -1,26 +1,41 @@
 """What the lab's benchmarks run, built outside of the lab into ``build/lab/bench``.
 
-    runner       the example ``boot`` of ``vmm_core``, a release build
-    boot initrd  ``boot_init.c`` and nothing else
-    test guest   kernel and initrd of the lab's tests (``tests/lab_guest``)
+    boot            the example ``boot`` of ``vmm_core``, the bare runner: a release build
+    boot.img        ``boot_init.c`` and nothing else
+    echo.img        the same with the modules of a vsock device, so that it answers
+    root.img        fio and busybox: the root of the guests that are measured at work
+    test guest      kernel and initrd of the lab's tests (``tests/lab_guest``)
 
-``prepare`` builds, ``find`` says where things are; the lab shares ``build/`` and the checkout.
+``prepare`` builds, ``find`` says where things are; the lab shares ``build/`` and the checkout. The
+root is a disk and not the host's own files, since not every machine here has a shared folder.
+
+    python images.py     (tests/ and python/ on PYTHONPATH)
 """
 
+import asyncio
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from kata_hybrid.aio.process import ProcessReaper
 from kata_hybrid.guest.initrd import make_initrd
-from lab_guest.image import GuestImage, guest_image
+from kata_hybrid.guest.kernel import kernel_from_debian
+from kata_hybrid.guest.modules import scan_tree, select_modules
+from kata_hybrid.guest.tool import Toolbox
+from lab_guest.image import BUSYBOX, CACHE, GuestImage, guest_image
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "lab" / "bench"
 _SOURCE = Path(__file__).with_name("boot_init.c")
 _BUILD_TIMEOUT_S = 900.0
+_ECHO_MODULES = ("virtio_mmio", "vmw_vsock_virtio_transport")
+_ROOT_FOLDERS = ("bin", "dev", "lib64", "mnt", "proc", "run", "sys", "tmp", "usr/bin")
+_APPLETS = ("cat", "grep", "ls", "mkdir", "mount", "sh")
+_ROOT_MIB = 160
 
 
 class ImagesError(Exception):
@@ -33,16 +48,24 @@ class Images:
 
     runner: Path
     boot_initrd: Path
+    echo_initrd: Path
+    root: Path
     guest: GuestImage
 
 
 def find() -> Images:
     """Say where things are once they are built."""
-    return Images(runner=FOLDER / "boot", boot_initrd=FOLDER / "initrd.img", guest=guest_image())
+    return Images(
+        runner=FOLDER / "boot",
+        boot_initrd=FOLDER / "boot.img",
+        echo_initrd=FOLDER / "echo.img",
+        root=FOLDER / "root.img",
+        guest=guest_image(),
+    )
 
 
 def prepare() -> None:
-    """Build what is missing or old. Outside of the lab.
+    """Build everything anew. Outside of the lab.
 
     Raises:
         ImagesError: a build failed.
@@ -51,13 +74,14 @@ def prepare() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     images.runner.unlink(missing_ok=True)
     # A copy, since cargo may have its folder anywhere; a link would do on one file system only.
-    images.runner.write_bytes(_build_runner().read_bytes())
-    images.runner.chmod(0o755)
+    shutil.copy(_build_runner(), images.runner)
     with tempfile.TemporaryDirectory() as scratch:
         init = Path(scratch) / "init"
-        _run(["cc", "-O2", "-static", "-o", os.fspath(init), os.fspath(_SOURCE)])
+        _run(["cc", "-O2", "-Wall", "-static", "-o", os.fspath(init), os.fspath(_SOURCE)])
         content = make_initrd(init=init.read_bytes(), agent=b"", kernel_version="none", modules=())
-    images.boot_initrd.write_bytes(content)
+        images.boot_initrd.write_bytes(content)
+        images.echo_initrd.write_bytes(asyncio.run(_echo_initrd(init.read_bytes())))
+        _make_root(images.root, Path(scratch) / "root")
 
 
 def _build_runner() -> Path:
@@ -71,8 +95,47 @@ def _build_runner() -> Path:
         message = json.loads(line)
         if message.get("executable") and message["target"]["name"] == "boot":
             return Path(message["executable"])
-    message = "cargo built no example named boot"
-    raise ImagesError(message)
+    raise ImagesError("cargo built no example named boot")
+
+
+async def _echo_initrd(init: bytes) -> bytes:
+    reaper = ProcessReaper()
+    try:
+        with tempfile.TemporaryDirectory(dir=CACHE, prefix=".unpack-") as scratch:
+            tools = Toolbox(reaper)
+            source = await kernel_from_debian(
+                CACHE, scratch=Path(scratch), progress=lambda _: None, tools=tools
+            )
+            if source.modules is None:
+                raise ImagesError(f"{source.source} has no modules")
+            tree = scan_tree(source.modules)
+            modules = await select_modules(tree, wanted=_ECHO_MODULES, tools=tools)
+    finally:
+        reaper.close()
+    return make_initrd(init=init, agent=b"", kernel_version=source.version, modules=modules)
+
+
+def _make_root(image: Path, tree: Path) -> None:
+    """Make a disk of fio, the libraries it is linked to, and a shell."""
+    for name in _ROOT_FOLDERS:
+        (tree / name).mkdir(parents=True)
+    shutil.copy(BUSYBOX, tree / "bin" / "busybox")
+    for name in _APPLETS:
+        (tree / "bin" / name).symlink_to("busybox")
+    fio = shutil.which("fio")
+    if fio is None:
+        raise ImagesError("fio is not installed: run make setup")
+    shutil.copy(fio, tree / "usr" / "bin" / "fio")
+    for line in _run(["ldd", fio]).stdout.decode().splitlines():
+        # "NAME => PATH (ADDRESS)", and the loader as a path alone.
+        paths = [Path(word) for word in line.split() if word.startswith("/")]
+        for path in paths[-1:]:
+            place = tree / path.relative_to("/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+    image.unlink(missing_ok=True)
+    size = f"{_ROOT_MIB}M"
+    _run(["/sbin/mke2fs", "-q", "-t", "ext4", "-d", os.fspath(tree), os.fspath(image), size])
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
@@ -81,8 +144,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
     )
     if done.returncode != 0:
         end = done.stderr.decode(errors="replace").strip()[-500:]
-        message = f"{' '.join(command)}: status {done.returncode}: {end}"
-        raise ImagesError(message)
+        raise ImagesError(f"{' '.join(command)}: status {done.returncode}: {end}")
     return done
 
 

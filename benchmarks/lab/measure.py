@@ -4,12 +4,13 @@
 
 Appends a record to RECORDS for each figure (``recording.py``), a "failed" one where it could not be
 measured; the exit status is 1 then. ``run.py`` builds what is needed (``images.py``) and starts
-this. With ``--counted`` only the boot is measured, as ``vmm_boot_counted``: for a lab whose time is
-the count of instructions.
+this. With ``--counted`` only the boot is measured, as ``vmm_boot_icount``: for a lab whose time is
+the count of instructions (``scripts/lab.py --icount``).
 """
 
 import argparse
 import contextlib
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,9 +27,83 @@ from recording import Recorder
 _EXT4_MIB = 1024
 
 
+class _Session:
+    """What is asked for, and whether all of it went well."""
+
+    def __init__(self, recorder: Recorder, asked: list[str] | None) -> None:
+        self._recorder = recorder
+        self._asked = asked
+        self.is_good = True
+
+    def is_asked(self, *names: str) -> bool:
+        """Whether one of these figures is to be measured."""
+        return self._asked is None or not set(names).isdisjoint(self._asked)
+
+    def attempt(self, name: str, measure: Callable[[], None]) -> None:
+        """Measure; a failure is recorded and told, and does not stop the others."""
+        print(f"{name} …", flush=True)
+        try:
+            measure()
+        except Exception as error:  # noqa: BLE001 - told in the record, with the others going on
+            traceback.print_exc()
+            self._recorder.fail(name, reason=f"{type(error).__name__}: {error}")
+            self.is_good = False
+
+
+def main() -> int:
+    """Measure what was asked for; return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--only", action="append", metavar="FIGURE")
+    parser.add_argument("--counted", action="store_true", help="the boot, in a lab with --icount")
+    parser.add_argument("--log", type=Path, default=Path("build/logs/bench-lab.log"))
+    options = parser.parse_args()
+    recorder = Recorder(path=options.records)
+    session = _Session(recorder, options.only)
+    built = images.find()
+    options.log.parent.mkdir(parents=True, exist_ok=True)
+    # A file that a guest knows is a descriptor of its machine's; virtiofsd does this for itself.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if options.counted:
+        session.attempt("vmm_boot_icount", partial(boots.boot_counted, recorder, built))
+        return 0 if session.is_good else 1
+    with tempfile.TemporaryDirectory(prefix="kh-") as name:
+        run_dir = Path(name)
+        if session.is_asked("vmm_boot", "vmm_memory"):
+            session.attempt("vmm_boot", partial(boots.boot, recorder, built))
+        if session.is_asked("vmm_restore"):
+            session.attempt("vmm_restore", partial(boots.restore, recorder, built, run_dir))
+        if session.is_asked(*transfers.MEASURES):
+            with _ext4(run_dir) as data:
+                place = transfers.Place(run_dir=run_dir, data=data, log=options.log)
+                _transfer(session, recorder, built, place)
+    return 0 if session.is_good else 1
+
+
+def _transfer(
+    session: _Session, recorder: Recorder, built: images.Images, place: transfers.Place
+) -> None:
+    """Measure what needs two machines that are up."""
+    for names, pair in (
+        (transfers.BESIDE_MICROVM, transfers.beside_microvm),
+        (transfers.BESIDE_Q35, transfers.beside_q35),
+    ):
+        chosen = [name for name in names if session.is_asked(name)]
+
+        def measure(chosen: list[str] = chosen, pair: Callable[..., transfers.Pair] = pair) -> None:
+            with pair(built, place) as guests:
+                for name in chosen:
+                    work = partial(transfers.in_turn, recorder, name, guests)
+                    session.attempt(name, work)
+
+        if chosen:
+            session.attempt(pair.__name__, measure)
+
+
 @contextlib.contextmanager
-def ext4(run_dir: Path) -> Iterator[Path]:
-    """A file system with direct I/O, which the lab's own have not."""
+def _ext4(run_dir: Path) -> Iterator[Path]:
+    """A file system on which io_uring does not wait; the lab's own are none."""
     disk, folder = run_dir / "ext4.img", run_dir / "ext4"
     folder.mkdir()
     with disk.open("wb") as file:
@@ -42,72 +117,6 @@ def ext4(run_dir: Path) -> Iterator[Path]:
     finally:
         subprocess.run(["umount", folder], check=True, timeout=60)
         disk.unlink()
-
-
-def attempt(recorder: Recorder, name: str, measure: Callable[[], None]) -> bool:
-    """Measure; a failure is recorded and told, and does not stop the others."""
-    print(f"{name} …", flush=True)
-    try:
-        measure()
-    except Exception as error:  # noqa: BLE001 - told in the record, with the others going on
-        traceback.print_exc()
-        recorder.fail(name, reason=f"{type(error).__name__}: {error}")
-        return False
-    return True
-
-
-def main() -> int:
-    """Measure what was asked for; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("records", type=Path)
-    parser.add_argument("--only", action="append", metavar="FIGURE")
-    parser.add_argument("--counted", action="store_true", help="the boot, in a lab with --icount")
-    parser.add_argument("--log", type=Path, default=Path("build/logs/bench-lab.log"))
-    options = parser.parse_args()
-    recorder = Recorder(path=options.records)
-    built = images.find()
-    options.log.parent.mkdir(parents=True, exist_ok=True)
-
-    def is_asked(name: str) -> bool:
-        return options.only is None or name in options.only
-
-    if options.counted:
-        work = partial(boots.boot_counted, recorder, built)
-        return 0 if attempt(recorder, "vmm_boot_counted", work) else 1
-    good = True
-    with tempfile.TemporaryDirectory(prefix="kh-") as name:
-        run_dir = Path(name)
-        if is_asked("vmm_boot"):
-            work = partial(boots.boot, recorder, built)
-            good &= attempt(recorder, "vmm_boot", work)
-        if is_asked("vmm_restore"):
-            work = partial(boots.restore, recorder, built, run_dir)
-            good &= attempt(recorder, "vmm_restore", work)
-        chosen = {name: work for name, work in transfers.MEASURES.items() if is_asked(name)}
-        if chosen:
-            good &= attempt(
-                recorder,
-                "transfers",
-                partial(transfer, recorder, built, run_dir, chosen, options.log),
-            )
-    return 0 if good else 1
-
-
-def transfer(
-    recorder: Recorder,
-    built: images.Images,
-    run_dir: Path,
-    chosen: dict[str, transfers.Measure],
-    log: Path,
-) -> None:
-    """Measure what needs both machines up."""
-    with ext4(run_dir) as host, transfers.both(built, run_dir, host, log) as guests:
-        results = [
-            attempt(recorder, name, partial(transfers.in_turn, recorder, name, guests, measure))
-            for name, measure in chosen.items()
-        ]
-    if not all(results):
-        raise RuntimeError(f"{results.count(False)} of {len(results)} were not measured")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/bin/busybox sh
-# /init of the test guest. Loads the initrd's modules, makes the share "host-root" the root if
-# "guest_root=host" is on the kernel's command line, and becomes the program that runs the host's
-# commands.
+# /init of the test guest. Loads the initrd's modules, makes the root what "guest_root=" on the kernel's
+# command line says ("host": the share "host-root"; else the disk of that serial number, read-only),
+# and becomes the program that runs the host's commands.
 export PATH=/bin:/usr/bin:/usr/sbin:/sbin HOME=/tmp LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1
 
 fail() {
@@ -18,11 +18,22 @@ done </etc/kata-hybrid/modules
 busybox ip link set lo up
 
 # The kernel makes its unknown parameters init's environment.
-if [ "${guest_root-}" != host ]; then
+case ${guest_root-} in
+"")
     export GUEST_PROGRAM=/sbin/init
     exec /sbin/init serve /bin/busybox sh -c
-fi
-busybox mount -t virtiofs -o ro host-root /mnt || fail "mount the host's root"
+    ;;
+host)
+    busybox mount -t virtiofs -o ro host-root /mnt || fail "mount the host's root"
+    ;;
+*)
+    for disk in /sys/block/*/serial; do
+        [ "$(busybox cat "$disk")" = "$guest_root" ] || continue
+        disk=${disk%/serial}
+        busybox mount -t ext4 -o ro "/dev/${disk##*/}" /mnt || fail "mount the disk $guest_root"
+    done
+    ;;
+esac
 busybox mount -t tmpfs tmpfs /mnt/tmp
 busybox mount -t tmpfs tmpfs /mnt/run
 for folder in proc sys dev; do

@@ -282,7 +282,7 @@ class Machine:
             return
         after = Leftovers.now()
         left = after.descriptors - self._before.descriptors
-        named = {number: os.readlink(f"/proc/self/fd/{number}") for number in left}
+        named = {number: Path(f"/proc/self/fd/{number}").readlink() for number in left}
         assert not named, f"the machine left descriptors open: {named}"
         # A thread that was joined is to be seen a moment longer.
         wait_until(

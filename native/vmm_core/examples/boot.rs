@@ -1,12 +1,14 @@
 //! The bare runner: boots a kernel, prints its console, and says how it ended.
 //!
 //!     boot KERNEL [--initrd FILE] [--command-line TEXT] [--vcpus N] [--memory-mib N]
-//!                 [--backing anonymous|shared|hugepages] [--disk FILE]... [--folder TAG=FOLDER]...
-//!                 [--vsock SOCKET] [--until TEXT] [--restore FOLDER]
+//!                 [--backing anonymous|shared|hugepages] [--disk FILE]... [--read-only-disk FILE]...
+//!                 [--folder TAG=FOLDER]... [--vsock SOCKET] [--until TEXT] [--snapshot FOLDER]
+//!                 [--restore FOLDER]
 //!
 //! No Python, no containers: what a machine costs by itself is measured with this. With `--until` the
-//! machine is stopped when its console has shown the text; then the time since the start and the
-//! memory of the process besides the guest's are printed.
+//! machine is stopped when its console has shown the text, with `--snapshot` after it was written to
+//! a folder; then the time since the start and the memory of the process besides the guest's are
+//! printed. A disk's serial number is its file's name.
 
 #![allow(clippy::print_stdout, reason = "printing is what it is for")]
 
@@ -52,10 +54,11 @@ impl VmEvents for Events {
 
 struct Options {
     config: VmConfig,
-    disks: Vec<PathBuf>,
+    disks: Vec<BlockConfig>,
     folders: Vec<(String, PathBuf)>,
     vsock: Option<PathBuf>,
     until: Option<String>,
+    snapshot: Option<PathBuf>,
     restore: Option<PathBuf>,
 }
 
@@ -76,6 +79,7 @@ fn parse() -> Result<Options, Box<dyn Error>> {
         folders: Vec::new(),
         vsock: None,
         until: None,
+        snapshot: None,
         restore: None,
     };
     while let Some(option) = arguments.next() {
@@ -94,7 +98,8 @@ fn parse() -> Result<Options, Box<dyn Error>> {
                     other => return Err(format!("no backing {other}").into()),
                 }
             }
-            "--disk" => options.disks.push(PathBuf::from(value)),
+            "--disk" => options.disks.push(disk(value.into(), false)),
+            "--read-only-disk" => options.disks.push(disk(value.into(), true)),
             "--folder" => {
                 let (tag, folder) = value.split_once('=').ok_or("--folder TAG=FOLDER")?;
                 options
@@ -103,11 +108,26 @@ fn parse() -> Result<Options, Box<dyn Error>> {
             }
             "--vsock" => options.vsock = Some(PathBuf::from(value)),
             "--until" => options.until = Some(value),
+            "--snapshot" => options.snapshot = Some(PathBuf::from(value)),
             "--restore" => options.restore = Some(PathBuf::from(value)),
             other => return Err(format!("no option {other}").into()),
         }
     }
     Ok(options)
+}
+
+fn disk(path: PathBuf, is_read_only: bool) -> BlockConfig {
+    let id = path
+        .file_name()
+        .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    BlockConfig {
+        id,
+        path,
+        is_read_only,
+        is_direct: false,
+        engine: EngineChoice::Auto,
+        rate_limiter: None,
+    }
 }
 
 /// Print what comes through the pipe, and tell when `until` was in it.
@@ -164,18 +184,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let began = Instant::now();
     let guest_mib = options.config.memory_mib;
     let vm = Vm::new(options.config, Some(writer), events)?;
-    for path in options.disks {
-        let id = path
-            .file_name()
-            .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        let config = BlockConfig {
-            id,
-            path,
-            is_read_only: false,
-            is_direct: false,
-            engine: EngineChoice::Auto,
-            rate_limiter: None,
-        };
+    for config in options.disks {
         vm.add_device(Box::new(Block::new(config)?))?;
     }
     for (tag, folder) in options.folders {
@@ -190,12 +199,24 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     start(&vm, options.restore.as_deref())?;
     let started = began.elapsed();
-    match news.recv()? {
-        News::Ended(exit) => println!("{exit}"),
-        News::Seen => println!(),
-    }
+    let is_over = match news.recv()? {
+        News::Ended(exit) => {
+            println!("{exit}");
+            true
+        }
+        News::Seen => {
+            println!();
+            false
+        }
+    };
     let seen = began.elapsed();
     let memory = memory_kib(guest_mib)?;
+    if let Some(folder) = options.snapshot
+        && !is_over
+    {
+        vm.pause()?;
+        vm.snapshot(&folder)?;
+    }
     vm.stop()?;
     drop(vm);
     let _printed = follower.join();

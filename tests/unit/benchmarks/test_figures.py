@@ -56,6 +56,15 @@ def test_ratios_at_their_limits_pass(figures: ModuleType, records: list[dict[str
         ("stdout_pump", 0.49),
         ("vsock_packet_parse", 1.01),
         ("virtqueue_walk", 1.01),
+        ("vmm_boot", 0.61),
+        ("vmm_boot_icount", 0.61),
+        ("vmm_restore", 0.21),
+        ("vmm_memory", 5.1),
+        ("vmm_block_random", 0.99),
+        ("vmm_block_sequential", 0.99),
+        ("vmm_vsock_throughput", 0.99),
+        ("vmm_fs", 0.99),
+        ("vmm_fs_walk", 1.01),
     ],
 )
 def test_a_ratio_beyond_its_limit_fails(
