@@ -23,7 +23,7 @@ use virtio_core::ram::GuestRam;
 use virtio_core::ring::{Ring, RingState};
 
 use super::device::{Activation, DeviceError, DeviceKind, Queue, VirtioDevice, Watcher};
-use super::registers::{Registers, half, initial_queues, status};
+use super::registers::{Registers, constants, initial_queues, status};
 use crate::bus::{BusDevice, Outcome};
 use crate::event::{VmEvents, chain};
 use crate::interrupt::Interrupt;
@@ -36,11 +36,6 @@ pub(crate) const QUEUE_NOTIFY: u64 = 0x050;
 pub(crate) const INTERRUPT_ACK: u64 = 0x064;
 /// Where the device's configuration space begins.
 const CONFIG_SPACE: u64 = REGISTERS_SIZE as u64;
-
-const MAGIC: u32 = 0x7472_6976;
-const VERSION: u32 = 2;
-/// Nobody's: drivers don't look.
-const VENDOR: u32 = 0x4b48_5942;
 
 /// Times a device's trouble is told; further ones are only counted.
 const MAX_WARNINGS: u64 = 8;
@@ -122,7 +117,7 @@ impl MmioTransport {
                 failures: 0,
             }),
         };
-        transport.publish_constants();
+        transport.set(&constants(transport.kind as u32));
         transport.publish(&transport.lock());
         Ok(transport)
     }
@@ -346,36 +341,12 @@ impl MmioTransport {
 
     // --- registers -----------------------------------------------------------------------------
 
-    /// Registers that never change. The interrupt has its own two.
-    fn publish_constants(&self) {
-        let mut registers = vec![
-            (0x000, MAGIC),
-            (0x004, VERSION),
-            (0x008, self.kind as u32),
-            (0x00c, VENDOR),
-        ];
-        // No shared memory regions: their length and place read as all ones.
-        registers.extend([0x0b0, 0x0b4, 0x0b8, 0x0bc].map(|offset| (offset, u32::MAX)));
-        self.set(&registers);
-    }
-
     /// Bring the registers that the guest reads up to date with what they depend on.
     fn publish(&self, inner: &Inner) {
         let Inner {
             registers, device, ..
         } = inner;
-        let index = registers.queue_select as usize;
-        let size = device.queue_sizes().get(index).copied().unwrap_or(0);
-        let queue = registers.queues.get(index);
-        self.set(&[
-            (
-                0x010,
-                half(device.features(), registers.device_features_select),
-            ),
-            (0x034, size.into()),
-            (0x044, queue.map_or(0, |queue| u32::from(queue.is_ready))),
-            (0x070, registers.status),
-        ]);
+        self.set(&registers.readable(device.features(), device.queue_sizes()));
     }
 
     fn set(&self, registers: &[(usize, u32)]) {

@@ -9,7 +9,7 @@ use rustix::event::epoll;
 use virtio_core::chain::Chain;
 use virtio_core::mock::{MockBuffer, MockDriver, mock_ram};
 
-use super::super::registers::half;
+use super::super::registers::{MAGIC, half};
 use super::*;
 use crate::event::VmExit;
 

@@ -1,9 +1,15 @@
-//! What the driver wrote of a virtio-mmio device: its registers as values (virtio 1.2, 4.2.2).
+//! The registers of a virtio-mmio device as values: what the driver wrote, and what it reads in
+//! return (virtio 1.2, 4.2.2).
 //!
 //! Plain data that the transport (`mmio.rs`) keeps under its lock, and that a snapshot keeps as it
 //! is. Nothing here acts on what was written.
 
 use serde::{Deserialize, Serialize};
+
+pub(super) const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+/// Nobody's: drivers don't look.
+const VENDOR: u32 = 0x4b48_5942;
 
 /// Device status bits (virtio 1.2, section 2.1).
 pub(super) mod status {
@@ -34,6 +40,37 @@ pub(super) struct Registers {
     pub(super) driver_features: u64,
     pub(super) queue_select: u32,
     pub(super) queues: Vec<QueueRegisters>,
+}
+
+/// Registers that never change: offsets and values.
+pub(super) fn constants(kind: u32) -> [(usize, u32); 8] {
+    [
+        (0x000, MAGIC),
+        (0x004, VERSION),
+        (0x008, kind),
+        (0x00c, VENDOR),
+        // No shared memory regions: their length and place read as all ones.
+        (0x0b0, u32::MAX),
+        (0x0b4, u32::MAX),
+        (0x0b8, u32::MAX),
+        (0x0bc, u32::MAX),
+    ]
+}
+
+impl Registers {
+    /// Registers that depend on what the driver wrote, of a device that offers `features` and has
+    /// queues of `sizes`: offsets and values.
+    pub(super) fn readable(&self, features: u64, sizes: &[u16]) -> [(usize, u32); 4] {
+        let index = self.queue_select as usize;
+        let size = sizes.get(index).copied().unwrap_or(0);
+        let queue = self.queues.get(index);
+        [
+            (0x010, half(features, self.device_features_select)),
+            (0x034, size.into()),
+            (0x044, queue.map_or(0, |queue| u32::from(queue.is_ready))),
+            (0x070, self.status),
+        ]
+    }
 }
 
 impl QueueRegisters {
