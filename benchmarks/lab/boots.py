@@ -19,14 +19,14 @@ from images import Images
 from monitors import Software
 from recording import Recorder
 
+from lab_guest.machine import KERNEL_PARAMETERS
+
 BOOT_ROUNDS = 5
 RESTORE_ROUNDS = 5
 COUNTED_ROUNDS = 2
 """Each of two series of boots where time is the count of instructions."""
 _MARK = b"init: here"
 _MEMORY_MIB = 256
-# The serial port and the clock need no proof: as a fast boot has it, on either side.
-_PARAMETERS = "console=ttyS0 quiet reboot=k panic=-1 pci=off tsc=reliable no_timer_check"
 _TIMEOUT_S = 120.0
 _ECHO_PORT = 7000
 _RETRY_S = 0.002
@@ -87,7 +87,7 @@ def _software(images: Images, initrd: Path) -> Software:
     return Software(
         kernel=images.guest.kernel,
         initrd=initrd,
-        parameters=_PARAMETERS,
+        parameters=KERNEL_PARAMETERS,
         memory_mib=_MEMORY_MIB,
     )
 

@@ -23,7 +23,7 @@ from recording import Recorder
 
 from lab_guest.machine import KERNEL_PARAMETERS
 
-ROUNDS = 3
+ROUNDS = 5
 _MEMORY_MIB = 512
 _IMAGE_MIB = 256
 _FILE_MIB = 64
