@@ -27,7 +27,7 @@ COUNTED_ROUNDS = 2
 """Each of two series of boots where time is the count of instructions."""
 _MARK = b"init: here"
 _MEMORY_MIB = 256
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 30.0
 _ECHO_PORT = 7000
 _RETRY_S = 0.002
 
