@@ -257,6 +257,9 @@ impl MmioTransport {
             .set_config_generation(state.config_generation);
         if let Some(rings) = &state.rings {
             self.activate(&mut inner, Some(rings))?;
+            // The kernel raises an irqfd's line by a worker of its own, perhaps after the interrupt
+            // controllers were saved. One interrupt too many does no harm.
+            self.interrupt.signal_used();
         }
         Ok(())
     }

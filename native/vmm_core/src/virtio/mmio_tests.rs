@@ -401,6 +401,11 @@ fn a_saved_device_goes_on_with_the_requests_it_had() {
         .unwrap();
     assert_eq!(again.read(0x60), 1, "the interrupt is still pending");
     assert_eq!(again.read(0x70), 0xf);
+    let raised = again.transport.interrupt().raised();
+    assert_eq!(
+        raised, 1,
+        "the line may have been on its way when it was saved"
+    );
     again.transport.resume();
     again.turn();
     let used: Vec<u32> = driver.take_used().iter().map(|used| used.len).collect();
