@@ -2,7 +2,8 @@
 
 Not the loop's own pool, whose threads stay for as long as the process, and not a native completion,
 which would turn a native call's exception into a code and a text. A call has a deadline; one that
-is given up goes on, and what becomes of it is dropped: whoever gives up must undo it.
+is given up goes on, and what becomes of it is dropped: whoever gives up must undo it. Who has to
+see the end of a call that may be given up keeps its future (``begin_in_thread``).
 """
 
 import asyncio
@@ -22,6 +23,15 @@ async def call_in_thread(work: Callable[[], _T], *, name: str, timeout_s: float)
         TimeoutError: it did not end in time.
         Exception: whatever ``work`` raised.
     """
+    async with asyncio.timeout(timeout_s):
+        return await begin_in_thread(work, name=name)
+
+
+def begin_in_thread(work: Callable[[], _T], *, name: str) -> "asyncio.Future[_T]":
+    """Run ``work`` on a thread called ``name``: done when it returned or raised.
+
+    Cancelling the future ends nothing: wait for it through ``asyncio.shield``.
+    """
     loop = asyncio.get_running_loop()
     result: asyncio.Future[_T] = loop.create_future()
 
@@ -40,5 +50,4 @@ async def call_in_thread(work: Callable[[], _T], *, name: str, timeout_s: float)
             loop.call_soon_threadsafe(deliver, set_outcome)
 
     threading.Thread(target=run, name=name, daemon=True).start()
-    async with asyncio.timeout(timeout_s):
-        return await result
+    return result

@@ -16,11 +16,11 @@ import errno
 import logging
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kata_hybrid._native import vmm
-from kata_hybrid.aio.blocking import call_in_thread
+from kata_hybrid.aio.blocking import begin_in_thread, call_in_thread
 from kata_hybrid.aio.events import NativeEvents
 from kata_hybrid.config.model import BlockEngine, BuiltinConfig
 from kata_hybrid.errors import (
@@ -51,6 +51,7 @@ _STOP_TIMEOUT_S = 20.0
 _MAX_DISKS = 12
 _HUGE_PAGE_MIB = 2
 _KVM_DEVICE = "/dev/kvm"
+_THREAD_NAME = "vmm-call"
 
 _console_log = logging.getLogger("kata_hybrid.guest.console")
 _log = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ class BuiltinHypervisor:
         self._ended: asyncio.Future[object] | None = None
         self._began = asyncio.Event()
         self._is_started = False
+        self._launching: asyncio.Future[None] | None = None
         self._exit: VmExit | None = None
 
     @property
@@ -178,7 +180,9 @@ class BuiltinHypervisor:
         try:
             with _native_errors("start machine"):
                 self._vm = vm = self._describe()
-                await _call(lambda: self._launch(vm), timeout_s=_START_TIMEOUT_S)
+                self._launching = begin_in_thread(lambda: self._launch(vm), name=_THREAD_NAME)
+                async with asyncio.timeout(_START_TIMEOUT_S):
+                    await asyncio.shield(self._launching)
         except BaseException:
             await self._end_failed_start()
             raise
@@ -235,7 +239,6 @@ class BuiltinHypervisor:
 
     async def _end_failed_start(self) -> None:
         try:
-            # Also waits for a start that was given up to come to its end, and undoes it.
             await self._stop_native()
         except KataError as error:
             _log.warning("a failed start left something", extra={"error": str(error)})
@@ -259,9 +262,21 @@ class BuiltinHypervisor:
         if vm is None:
             return
         with _native_errors("stop machine"):
-            await _call(vm.stop, timeout_s=_STOP_TIMEOUT_S)
+            await call_in_thread(vm.stop, name=_THREAD_NAME, timeout_s=_STOP_TIMEOUT_S)
+            await self._see_launch_end()
         if self._exit is None:
             self._exit = _explain(vm)
+
+    async def _see_launch_end(self) -> None:
+        """Wait for a start that was given up: it is refused what it asks next, and lets go."""
+        if self._launching is None:
+            return
+        await asyncio.wait({self._launching}, timeout=_STOP_TIMEOUT_S)
+        if not self._launching.done():
+            message = "its start has not come back"
+            raise TimeoutError(message)
+        # What it was refused is no news to whoever gave it up; asyncio would report it unheard.
+        self._launching.exception()
 
     async def exited(self) -> VmExit:
         """Wait for the machine to be gone and say why."""
@@ -296,10 +311,6 @@ def _raise_descriptor_limit() -> None:
     """Open what this process may: each file a guest knows and each stream is one of ours."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-async def _call(work: Callable[[], None], *, timeout_s: float) -> None:
-    await call_in_thread(work, name="vmm-call", timeout_s=timeout_s)
 
 
 def _explain(vm: vmm.Vm | None) -> VmExit:

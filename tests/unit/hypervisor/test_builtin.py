@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -149,6 +150,58 @@ def test_a_start_that_hangs_is_given_up(run_dir: Path, monkeypatch: pytest.Monke
         with pytest.raises(VmmError, match="not done in time"):
             await machine.start()
         assert (await machine.exited()).reason == "failed"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("gives_up", ["start", "stop"])
+def test_whoever_ends_a_start_sees_its_thread_let_go(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, gives_up: str
+) -> None:
+    gate = threading.Event()
+    launched = threading.Event()
+
+    def launch(_self: BuiltinHypervisor, _vm: vmm.Vm) -> None:
+        gate.wait(DEADLINE_S)
+        launched.set()
+
+    monkeypatch.setattr(BuiltinHypervisor, "_launch", launch)
+
+    async def main() -> None:
+        machine = make(run_dir)
+        asyncio.get_running_loop().call_later(0.05, gate.set)
+        async with asyncio.TaskGroup() as group:
+            start = group.create_task(machine.start())
+            await asyncio.sleep(0)
+            if gives_up == "start":
+                start.cancel()
+                await asyncio.wait({start})
+            else:
+                await machine.stop()
+            assert launched.is_set()
+        await machine.stop()
+        await machine.cleanup()
+
+    asyncio.run(main())
+
+
+def test_a_start_that_does_not_come_back_is_told(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(builtin, "_STOP_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(BuiltinHypervisor, "_launch", lambda _self, _vm: gate.wait(DEADLINE_S))
+
+    async def main() -> None:
+        machine = make(run_dir)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(machine.start())
+            await asyncio.sleep(0)
+            with pytest.raises(VmmError, match="its start has not come back"):
+                await machine.stop()
+            gate.set()
+        await machine.stop()
+        await machine.cleanup()
 
     asyncio.run(main())
 
