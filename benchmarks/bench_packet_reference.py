@@ -15,14 +15,14 @@ trusts nothing it reads either, but it indexes one flat buffer, where the device
 map of memory regions; that difference is part of the figure.
 """
 
-import importlib.util
 import struct
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from module_file import load_module
 
 HEADERS = 256
 """Headers in a call of ``vsock_packet_parse``."""
@@ -36,23 +36,13 @@ _HEADER = struct.Struct("<QQIIIHHIII")
 _DESCRIPTOR = struct.Struct("<QIHH")
 
 
-def _load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def reference() -> ModuleType:
     """Build the Cython module if need be, and load it."""
-    recipe = _load(
+    recipe = load_module(
         "cython_reference_build", Path(__file__).parent / "cython_reference" / "build.py"
     )
-    return _load("vsock_reference", recipe.build())
+    return load_module("vsock_reference", recipe.build())
 
 
 def _header(index: int) -> bytes:

@@ -11,7 +11,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from types import ModuleType
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from module_file import load_module
 
 _ROOT = Path(__file__).resolve().parents[2]
 _BUILD_TIMEOUT_S = 600
@@ -36,22 +37,14 @@ _SETTINGS = settings(
 Chain = tuple[int, bool | None, list[tuple[int, int, bool]]]
 
 
-def _load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def reference() -> ModuleType:
     if importlib.util.find_spec("Cython") is None:
         pytest.skip("Cython is not installed")
-    recipe = _load("cython_reference_build", _ROOT / "benchmarks" / "cython_reference" / "build.py")
-    return _load("vsock_reference", recipe.build())
+    recipe = load_module(
+        "cython_reference_build", _ROOT / "benchmarks" / "cython_reference" / "build.py"
+    )
+    return load_module("vsock_reference", recipe.build())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,6 @@
 """The gate of ``make bench``: a promise that is broken, or was not measured, fails the run."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,22 +8,15 @@ from typing import Any
 
 import pytest
 
+from module_file import loaded_module
+
 _PATH = Path(__file__).resolve().parents[3] / "benchmarks" / "figures.py"
 
 
 @pytest.fixture(scope="module")
 def figures() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("bench_figures", _PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
+    with loaded_module("bench_figures", _PATH) as module:
         yield module
-    finally:
-        del sys.modules[spec.name]
 
 
 @pytest.fixture

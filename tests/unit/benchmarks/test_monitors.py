@@ -1,12 +1,12 @@
 """What the monitors' benchmarks compare: both sides get the same, read from the same files."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from module_file import loaded_module
 
 _PATH = Path(__file__).resolve().parents[3] / "benchmarks" / "lab" / "monitors.py"
 _DISKS = (Path("/data/root.img"), Path("/data/data.img"))
@@ -14,17 +14,8 @@ _DISKS = (Path("/data/root.img"), Path("/data/data.img"))
 
 @pytest.fixture(scope="module")
 def monitors() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("bench_monitors", _PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
+    with loaded_module("bench_monitors", _PATH) as module:
         yield module
-    finally:
-        del sys.modules[spec.name]
 
 
 def test_all_machines_run_the_same(monitors: ModuleType) -> None:
