@@ -8,16 +8,16 @@ import contextlib
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from monitors import GUEST_CID
 
-from lab_guest.machine import COMMAND_PORT, dial
+from lab_guest.machine import COMMAND_PORT, Answer, dial
 
 _BOOT_TIMEOUT_S = 120.0
+_BOOT_PAUSE_S = 0.2
 _CALL_TIMEOUT_S = 60.0
 _ERROR_CHARACTERS = 500
 
@@ -28,55 +28,15 @@ class GuestError(Exception):
     """A machine or a command in it failed; the text says how."""
 
 
+@dataclass(frozen=True, slots=True)
 class Guest:
-    """A machine with the test guest, from entering its context to leaving it."""
+    """A guest that runs."""
 
-    def __init__(self, command: list[str], *, dialled: Dial, log: Path) -> None:
-        """Describe it; nothing is started."""
-        self._command = command
-        self._log = log
-        self._stack = contextlib.ExitStack()
-        self.dial = dialled
-        """Connects to a port of the guest; an ``OSError`` where nobody listens."""
-
-    def __enter__(self) -> Self:
-        try:
-            log = self._stack.enter_context(self._log.open("ab"))
-            process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-            self._stack.callback(process.wait)
-            self._stack.callback(process.kill)
-            self._wait(process)
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
-
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait until it takes commands."""
-        deadline = time.monotonic() + _BOOT_TIMEOUT_S
-        while True:
-            try:
-                self.run("true")
-            except OSError as error:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    message = f"{self._command[0]}: no guest: {error}; see {self._log}"
-                    raise GuestError(message) from error
-                time.sleep(0.2)
-            else:
-                return
+    dial: Dial
+    """Connects to a port of it; an ``OSError`` where nobody listens."""
 
     def run(self, script: str, *, timeout_s: float = _CALL_TIMEOUT_S) -> str:
-        """Run a shell script in the guest and give its output.
+        """Run a shell script in the guest and give its output, without the space around it.
 
         Raises:
             OSError: the guest does not answer.
@@ -89,10 +49,42 @@ class Guest:
             received = bytearray()
             while data := connection.recv(65536):
                 received += data
-        output, _, status = received.decode(errors="replace").rstrip().rpartition("\n")
-        if status != "status 0":
-            raise GuestError(f"{script}: {status}: {output[-_ERROR_CHARACTERS:]}")
-        return output.strip()
+        answer = Answer.parse(received)
+        if answer.status != "0":
+            output = answer.output[-_ERROR_CHARACTERS:]
+            raise GuestError(f"{script}: status {answer.status or 'unknown'}: {output}")
+        return answer.output
+
+
+@contextlib.contextmanager
+def booted(command: list[str], *, dial: Dial, log: Path) -> Iterator[Guest]:
+    """Run a monitor until its guest takes commands, and kill it in the end.
+
+    Raises:
+        GuestError: it ended first, or is not there in time.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            guest = Guest(dial)
+            deadline = time.monotonic() + _BOOT_TIMEOUT_S
+            while (error := _refusal(guest)) is not None:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    message = f"{command[0]}: no guest: {error}; see {log}"
+                    raise GuestError(message) from error
+                time.sleep(_BOOT_PAUSE_S)
+            yield guest
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _refusal(guest: Guest) -> OSError | None:
+    try:
+        guest.run("true")
+    except OSError as error:
+        return error
+    return None
 
 
 def hybrid(path: Path) -> Dial:

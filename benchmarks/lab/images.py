@@ -21,12 +21,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from kata_hybrid.aio.process import ProcessReaper
 from kata_hybrid.guest.initrd import make_initrd
-from kata_hybrid.guest.kernel import kernel_from_debian
-from kata_hybrid.guest.modules import scan_tree, select_modules
-from kata_hybrid.guest.tool import Toolbox
-from lab_guest.image import BUSYBOX, CACHE, GuestImage, guest_image
+from lab_guest.image import BUSYBOX, GuestImage, debian_kernel, guest_image
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "lab" / "bench"
@@ -80,7 +76,7 @@ def prepare() -> None:
         _run(["cc", "-O2", "-Wall", "-static", "-o", os.fspath(init), os.fspath(_SOURCE)])
         content = make_initrd(init=init.read_bytes(), agent=b"", kernel_version="none", modules=())
         images.boot_initrd.write_bytes(content)
-        images.echo_initrd.write_bytes(asyncio.run(_echo_initrd(init.read_bytes())))
+        images.echo_initrd.write_bytes(_echo_initrd(init.read_bytes()))
         _make_root(images.root, Path(scratch) / "root")
 
 
@@ -98,21 +94,9 @@ def _build_runner() -> Path:
     raise ImagesError("cargo built no example named boot")
 
 
-async def _echo_initrd(init: bytes) -> bytes:
-    reaper = ProcessReaper()
-    try:
-        with tempfile.TemporaryDirectory(dir=CACHE, prefix=".unpack-") as scratch:
-            tools = Toolbox(reaper)
-            source = await kernel_from_debian(
-                CACHE, scratch=Path(scratch), progress=lambda _: None, tools=tools
-            )
-            if source.modules is None:
-                raise ImagesError(f"{source.source} has no modules")
-            tree = scan_tree(source.modules)
-            modules = await select_modules(tree, wanted=_ECHO_MODULES, tools=tools)
-    finally:
-        reaper.close()
-    return make_initrd(init=init, agent=b"", kernel_version=source.version, modules=modules)
+def _echo_initrd(init: bytes) -> bytes:
+    kernel = asyncio.run(debian_kernel(_ECHO_MODULES))
+    return make_initrd(init=init, agent=b"", kernel_version=kernel.version, modules=kernel.modules)
 
 
 def _make_root(image: Path, tree: Path) -> None:

@@ -9,13 +9,11 @@ the count of instructions (``scripts/lab.py --icount``).
 """
 
 import argparse
-import contextlib
 import resource
-import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +22,7 @@ import images
 import transfers
 from recording import Recorder
 
-_EXT4_MIB = 1024
+from lab_guest.ext4 import mounted_ext4
 
 
 class _Session:
@@ -75,7 +73,7 @@ def main() -> int:
         if session.is_asked("vmm_restore"):
             session.attempt("vmm_restore", partial(boots.restore, recorder, built, run_dir))
         if session.is_asked(*transfers.MEASURES):
-            with _ext4(run_dir) as data:
+            with mounted_ext4(run_dir) as data:
                 place = transfers.Place(run_dir=run_dir, data=data, log=options.log)
                 _transfer(session, recorder, built, place)
     return 0 if session.is_good else 1
@@ -99,24 +97,6 @@ def _transfer(
 
         if chosen:
             session.attempt(pair.__name__, measure)
-
-
-@contextlib.contextmanager
-def _ext4(run_dir: Path) -> Iterator[Path]:
-    """A file system on which io_uring does not wait; the lab's own are none."""
-    disk, folder = run_dir / "ext4.img", run_dir / "ext4"
-    folder.mkdir()
-    with disk.open("wb") as file:
-        file.truncate(_EXT4_MIB << 20)
-    subprocess.run(["mkfs.ext4", "-q", disk], check=True, timeout=60)
-    # Where it is built in there is no such module.
-    subprocess.run(["modprobe", "loop"], check=False, timeout=30)
-    subprocess.run(["mount", "-o", "loop", disk, folder], check=True, timeout=30)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True, timeout=60)
-        disk.unlink()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import monitors
-from guest import Guest, hybrid, vhost
+from guest import Guest, booted, hybrid, vhost
 from images import Images
 from monitors import Software
 from recording import Recorder
@@ -69,8 +69,8 @@ def beside_microvm(images: Images, place: Place) -> Iterator[tuple[Guest, Guest]
         *("-device", f"vhost-vsock-device,guest-cid={monitors.GUEST_CID}"),
     ]
     with (
-        Guest([*ours, "--vsock", os.fspath(path)], dialled=hybrid(path), log=place.log) as first,
-        Guest(theirs, dialled=vhost, log=place.log) as second,
+        booted([*ours, "--vsock", os.fspath(path)], dial=hybrid(path), log=place.log) as first,
+        booted(theirs, dial=vhost, log=place.log) as second,
     ):
         for guest in (first, second):
             for role in (f"echo {_ECHO_PORT}", f"bulk {_BULK_PORT}"):
@@ -102,8 +102,8 @@ def beside_q35(images: Images, place: Place) -> Iterator[tuple[Guest, Guest]]:
             *("-device", "vhost-user-fs-pci,queue-size=1024,chardev=folder,tag=data"),
         ]
         with (
-            Guest(ours, dialled=hybrid(path), log=place.log) as first,
-            Guest(theirs, dialled=vhost, log=place.log) as second,
+            booted(ours, dial=hybrid(path), log=place.log) as first,
+            booted(theirs, dial=vhost, log=place.log) as second,
         ):
             for guest in (first, second):
                 guest.run("mkdir -p /run/data && mount -t virtiofs data /run/data")

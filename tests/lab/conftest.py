@@ -8,7 +8,6 @@ has a device of each kind.
 import os
 import resource
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Literal
 import pytest
 
 from kata_hybrid._native import vmm
+from lab_guest.ext4 import mounted_ext4
 from lab_guest.image import GuestImage, ImageError, guest_image
 from lab_guest.machine import Machine
 from lab_guest.network import CARD, JUMBO_MTU, MAC, bridged_tap
@@ -24,7 +24,6 @@ from lab_guest.restored import CHECKS, describe
 
 CACHES: tuple[Literal["never", "auto", "always"], ...] = ("never", "auto", "always")
 DISK_MIB = 64
-_EXT4_MIB = 1024
 _EXT4_FILES = 200_000
 _MOST_DESCRIPTORS = 200_000
 _TEST_TIMEOUT_S = 300
@@ -69,19 +68,10 @@ def run_dir() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def ext4(run_dir: Path, image: GuestImage) -> Iterator[Path]:
-    """A file system with extended attributes and direct I/O; a tmpfs has neither."""
+    """A file system with extended attributes and direct I/O."""
     del image
-    disk, folder = run_dir / "ext4.img", run_dir / "ext4"
-    folder.mkdir()
-    with disk.open("wb") as file:
-        file.truncate(_EXT4_MIB << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-N", str(_EXT4_FILES), disk], check=True, timeout=60)
-    # Where it is built in there is no such module.
-    subprocess.run(["modprobe", "loop"], check=False, timeout=30)
-    subprocess.run(["mount", "-o", "loop", disk, folder], check=True, timeout=30)
-    yield folder
-    subprocess.run(["umount", folder], check=True, timeout=60)
-    disk.unlink()
+    with mounted_ext4(run_dir, files=_EXT4_FILES) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

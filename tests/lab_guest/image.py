@@ -13,14 +13,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kata_hybrid.aio.process import ProcessReaper
 from kata_hybrid.errors import KataError
 from kata_hybrid.guest.initrd import make_initrd
-from kata_hybrid.guest.kernel import KernelSource, kernel_from_debian
-from kata_hybrid.guest.modules import scan_tree, select_modules
+from kata_hybrid.guest.kernel import kernel_from_debian
+from kata_hybrid.guest.modules import Module, scan_tree, select_modules
 from kata_hybrid.guest.tool import Toolbox
 from kata_hybrid.persist import atomic
 
@@ -52,6 +53,16 @@ class GuestImage:
 
     kernel: Path
     initrd: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """A kernel out of a package."""
+
+    version: str
+    vmlinux: bytes
+    modules: Sequence[Module]
+    """In the order in which they can be loaded."""
 
 
 def guest_image(folder: Path = IMAGE) -> GuestImage:
@@ -89,6 +100,19 @@ async def _make(image: GuestImage) -> None:
         if shutil.which(program) is None:
             message = f"{program} is not installed"
             raise ImageError(message)
+    kernel = await debian_kernel(MODULES)
+    initrd = await _initrd(kernel)
+    atomic.replace(image.kernel, kernel.vmlinux, mode=0o644)
+    atomic.replace(image.initrd, initrd, mode=0o644)
+
+
+async def debian_kernel(modules: Sequence[str]) -> Kernel:
+    """Unpack Debian's kernel, with these modules and what they need.
+
+    Raises:
+        ImageError: it has none.
+        KataError: the package cannot be had or unpacked.
+    """
     reaper = ProcessReaper()
     try:
         with tempfile.TemporaryDirectory(dir=CACHE, prefix=".unpack-") as scratch:
@@ -96,26 +120,24 @@ async def _make(image: GuestImage) -> None:
             source = await kernel_from_debian(
                 CACHE, scratch=Path(scratch), progress=_say, tools=tools
             )
-            initrd = await _initrd(source, tools=tools)
+            if source.modules is None:
+                message = f"{source.source} has no modules"
+                raise ImageError(message)
+            selected = await select_modules(scan_tree(source.modules), wanted=modules, tools=tools)
     finally:
         reaper.close()
-    atomic.replace(image.kernel, source.vmlinux, mode=0o644)
-    atomic.replace(image.initrd, initrd, mode=0o644)
+    return Kernel(version=source.version, vmlinux=source.vmlinux, modules=selected)
 
 
-async def _initrd(source: KernelSource, *, tools: Toolbox) -> bytes:
-    if source.modules is None:
-        message = f"{source.source} has no modules"
-        raise ImageError(message)
-    modules = await select_modules(scan_tree(source.modules), wanted=MODULES, tools=tools)
+async def _initrd(kernel: Kernel) -> bytes:
     files = (HERE / "init.sh", BUSYBOX)
     init, busybox = [await asyncio.to_thread(path.read_bytes) for path in files]
     program = await asyncio.to_thread(_compile)
     return make_initrd(
         init=init,
         agent=program,
-        kernel_version=source.version,
-        modules=modules,
+        kernel_version=kernel.version,
+        modules=kernel.modules,
         extra_programs=(("bin/busybox", busybox),),
     )
 

@@ -31,6 +31,7 @@ KERNEL_PARAMETERS = (
     "console=ttyS0 quiet reboot=k panic=-1 pci=off cryptomgr.notests noreplace-smp nokaslr"
     " norandmaps mitigations=off tsc=reliable no_timer_check audit=0"
 )
+_STATUS = "status "
 _EXITED_TOKEN = 1
 _LOG_TOKEN = 2
 
@@ -51,6 +52,25 @@ class Leftovers:
         """Look."""
         threads = frozenset(path.name for path in Path("/proc/self/task").iterdir())
         return cls(descriptors=frozenset(open_descriptors()), threads=threads)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the guest sends for a command: its output, then a line with its status."""
+
+    output: str
+    """Without the space around it."""
+    status: str | None
+    """None where the connection ended before that line."""
+
+    @classmethod
+    def parse(cls, received: bytes | bytearray) -> Self:
+        """Take all that came until the end of the connection."""
+        text = received.decode(errors="replace")
+        output, _, last = text.rstrip().rpartition("\n")
+        if not last.startswith(_STATUS):
+            return cls(output=text.strip(), status=None)
+        return cls(output=output.strip(), status=last.removeprefix(_STATUS))
 
 
 class Running:
@@ -77,12 +97,13 @@ class Running:
         except OSError as error:
             self._machine.is_in_doubt = True
             raise self._failed(str(error) or "no answer", received) from error
-        output, _, status = received.decode(errors="replace").rstrip().rpartition("\n")
-        if not status.startswith("status "):
+        answer = Answer.parse(received)
+        if answer.status is None:
             self._machine.is_in_doubt = True
-        if status != "status 0":
-            raise self._failed(status or "no status", received)
-        return output.strip()
+            raise self._failed("no status", received)
+        if answer.status != "0":
+            raise self._failed(f"status {answer.status}", received)
+        return answer.output
 
     def close(self) -> None:
         """Give up on it."""
