@@ -390,6 +390,7 @@ fn a_saved_device_goes_on_with_the_requests_it_had() {
     bench.write(QUEUE_NOTIFY, 0);
     bench.turn();
     driver.add(&[MockBuffer::writable(0x9000, 9)]);
+    bench.transport.interrupt().signal_config();
     bench.transport.pause().unwrap();
     let state = bench.transport.save().unwrap();
     let bytes = postcard::to_allocvec(&state).unwrap();
@@ -399,7 +400,8 @@ fn a_saved_device_goes_on_with_the_requests_it_had() {
         .transport
         .restore(&postcard::from_bytes(&bytes).unwrap())
         .unwrap();
-    assert_eq!(again.read(0x60), 1, "the interrupt is still pending");
+    assert_eq!(again.read(0x60), 3, "both interrupts are still pending");
+    assert_eq!(again.read(0xfc), 1, "of this configuration");
     assert_eq!(again.read(0x70), 0xf);
     let raised = again.transport.interrupt().raised();
     assert_eq!(
