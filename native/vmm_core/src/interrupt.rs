@@ -20,13 +20,13 @@ use crate::register_page::RegisterPage;
 
 /// `VIRTIO_MMIO_INT_VRING`: a queue was used.
 const USED: u32 = 1;
+/// `VIRTIO_MMIO_INT_CONFIG`: the configuration space changed.
+const CONFIG: u32 = 2;
 /// What the driver writes to acknowledge nothing but that.
 pub(crate) const ACKNOWLEDGED_USED: u32 = USED;
 /// `InterruptStatus` and `ConfigGeneration`.
 const STATUS_REGISTER: usize = 0x060;
 const GENERATION_REGISTER: usize = 0x0fc;
-/// `VIRTIO_MMIO_INT_CONFIG`: the configuration space changed.
-const CONFIG: u32 = 2;
 
 /// One line.
 #[derive(Debug)]

@@ -5,7 +5,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use virtio_core::ring::RingError;
-use virtio_core::vsock::credit::BUFFER_SIZE;
 use virtio_core::vsock::mock::{MAX_MOCK_PAYLOAD, MockPacket};
 use virtio_core::vsock::packet::{
     Operation, PacketHeader, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND,
@@ -190,7 +189,7 @@ fn a_host_that_does_not_read_stops_the_guest_by_its_credit() {
     let (host, request) = machine.connected();
     let payload = vec![7; MAX_MOCK_PAYLOAD];
     let (mut sent, mut forwarded) = (0, 0);
-    let buffer = BUFFER_SIZE as usize;
+    let buffer = 256 * 1024;
     while sent + payload.len() - forwarded <= buffer {
         machine
             .guest

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use virtio_core::mock::MockBuffer;
-use virtio_core::vsock::credit::BUFFER_SIZE;
 use virtio_core::vsock::mock::MAX_MOCK_PAYLOAD;
 use virtio_core::vsock::packet::{
     HEADER_SIZE, Operation, PacketHeader, SHUTDOWN_BOTH, SHUTDOWN_SEND,
@@ -21,7 +20,7 @@ const HOST_PORT: u32 = 2000;
 /// Credit the guest gives.
 const GUEST_BUFFER: u32 = 32 * 1024;
 /// Credit the device gives.
-const DEVICE_BUFFER: usize = BUFFER_SIZE as usize;
+const DEVICE_BUFFER: usize = 256 * 1024;
 /// New streams of each kind in one round: a listener's backlog holds them.
 const NEW_PER_ROUND: u32 = 60;
 

@@ -125,7 +125,7 @@ fn the_dsdt_names_every_device_and_how_to_switch_off() {
     for node in &nodes {
         let mut registers = vec![0x86, 9, 0, 1];
         registers.extend_from_slice(&u32::try_from(node.address).unwrap().to_le_bytes());
-        registers.extend_from_slice(&u32::try_from(node.size).unwrap().to_le_bytes());
+        registers.extend_from_slice(&0x2000u32.to_le_bytes());
         // Consumer, edge, active high, exclusive; one line.
         registers.extend_from_slice(&[0x89, 6, 0, 0x03, 1]);
         registers.extend_from_slice(&node.gsi.to_le_bytes());
