@@ -12,6 +12,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use fuzz_support::Input;
 use libfuzzer_sys::fuzz_target;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use virtio_core::mock::{MockBuffer, MockDriver, mock_ram};
@@ -41,29 +42,12 @@ const NAMES: [&[u8]; 8] = [
 /// What the host changes.
 const HOST_NAMES: [&str; 4] = ["file", "directory", "link", "new"];
 
-/// The rest of the input, taken piece by piece; zeros after its end.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
-        let mut bytes = [0; N];
-        let count = self.0.len().min(N);
-        bytes[..count].copy_from_slice(&self.0[..count]);
-        self.0 = &self.0[count..];
-        bytes
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.take::<1>()[0]
-    }
-
-    /// Nearly always a number the guest was given or could be, now and then any.
-    fn number(&mut self) -> u64 {
-        match self.byte() {
-            255 => u64::from_le_bytes(self.take()),
-            low @ 128.. => u64::from(self.byte()) << 32 | u64::from(low & 15),
-            low => u64::from(low),
-        }
+/// Nearly always a number the guest was given or could be, now and then any.
+fn number(input: &mut Input<'_>) -> u64 {
+    match input.byte() {
+        255 => u64::from_le_bytes(input.take()),
+        low @ 128.. => u64::from(input.byte()) << 32 | u64::from(low & 15),
+        low => u64::from(low),
     }
 }
 
@@ -126,7 +110,7 @@ fn boot(ram: &std::sync::Arc<GuestRam>, mut fs: Fs) -> Guest {
 /// A request with a body of `words` and names.
 fn request(input: &mut Input<'_>) -> Vec<u8> {
     let opcode = u32::from(input.byte() % 54);
-    let node = input.number();
+    let node = number(input);
     let owner = if input.byte() & 7 == 0 { 1000u32 } else { 0 };
     let mut bytes = vec![0; 4];
     bytes.extend(opcode.to_le_bytes());
@@ -136,7 +120,7 @@ fn request(input: &mut Input<'_>) -> Vec<u8> {
     bytes.extend(owner.to_le_bytes());
     bytes.extend([0; 8]);
     for _ in 0..input.byte() % 12 {
-        bytes.extend(input.number().to_le_bytes());
+        bytes.extend(number(input).to_le_bytes());
     }
     if input.byte() & 1 == 1 {
         bytes.extend(input.take::<4>());
@@ -196,7 +180,7 @@ fn held(fs: &Fs) -> Vec<(&'static str, u64)> {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let mut input = Input(data);
+    let mut input = Input::new(data);
     let folder = make_folder();
     let config = FsConfig {
         cache: [CacheMode::Never, CacheMode::Auto, CacheMode::Always]
@@ -212,10 +196,10 @@ fuzz_target!(|data: &[u8]| {
         init[4] = 26;
         init[40..48].copy_from_slice(&[7, 0, 0, 0, 39, 0, 0, 0]);
         init[52..60].fill(0xff);
-        send(&mut Input(&[255, 1, 40, 16]), &mut guest, &init);
+        send(&mut Input::new(&[255, 1, 40, 16]), &mut guest, &init);
     }
     for _ in 0..64 {
-        if input.0.is_empty() {
+        if input.is_empty() {
             break;
         }
         match input.byte() % 16 {

@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use fuzz_support::Input;
 use libfuzzer_sys::fuzz_target;
 use rustix::event::{Timespec, epoll};
 use virtio_core::mock::mock_ram;
@@ -72,29 +73,8 @@ fn ring(
     Ring::new(Arc::clone(ram), state).expect("a sound ring")
 }
 
-/// The rest of the input, taken piece by piece; zeros after its end.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
-        let mut bytes = [0; N];
-        let count = self.0.len().min(N);
-        bytes[..count].copy_from_slice(&self.0[..count]);
-        self.0 = &self.0[count..];
-        bytes
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.take::<1>()[0]
-    }
-
-    fn word(&mut self) -> u16 {
-        u16::from_le_bytes(self.take())
-    }
-}
-
 fuzz_target!(|data: &[u8]| {
-    let mut input = Input(data);
+    let mut input = Input::new(data);
     let ram = mock_ram(MEMORY_SIZE);
     let has_event_idx = input.byte() & 1 == 1;
     let mut rx = ring(&ram, RX, has_event_idx);
@@ -110,7 +90,7 @@ fuzz_target!(|data: &[u8]| {
     );
 
     for _ in 0..200 {
-        if input.0.is_empty() {
+        if input.is_empty() {
             break;
         }
         match input.byte() % 9 {

@@ -6,16 +6,17 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::Path;
 
 use fuzz_support::{HostileDriver, Input};
 use libfuzzer_sys::fuzz_target;
+use rustix::io::Errno;
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use virtio_core::vsock::TX_QUEUE;
 use virtio_core::vsock::packet::{HOST_CID, PacketHeader, TYPE_STREAM};
 use vmm_core::virtio::vsock::{Vsock, VsockConfig};
 
 const CID: u64 = 3;
-/// Fewer than wait in the listener's backlog.
 const MAX_HOSTS: usize = 100;
 
 /// A packet that a guest may well send, of a connection that may well be.
@@ -39,17 +40,32 @@ fn packet(input: &mut Input<'_>) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-fn dial(path: &PathBuf) -> UnixStream {
-    let mut host = UnixStream::connect(path).expect("the device listens");
-    host.set_nonblocking(true).expect("a socket");
-    host.write_all(b"CONNECT 1024\n").expect("an empty buffer");
-    host
+/// A host that asks for a stream, if there is room in the listener's backlog: those who left stay
+/// in it until the device accepts them.
+fn dial(path: &Path) -> Option<UnixStream> {
+    let address = SocketAddrUnix::new(path).expect("a short path");
+    let socket = net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
+    .expect("a socket");
+    match net::connect(&socket, &address) {
+        Ok(()) => {
+            let mut host = UnixStream::from(socket);
+            host.write_all(b"CONNECT 1024\n").expect("an empty buffer");
+            Some(host)
+        }
+        Err(Errno::AGAIN) => None,
+        Err(error) => panic!("the device listens: {error}"),
+    }
 }
 
-fn run(input: &mut Input<'_>, path: &PathBuf) -> Option<()> {
+fn run(input: &mut Input<'_>, path: &Path) -> Option<()> {
     let mut vsock = Vsock::new(VsockConfig {
         guest_cid: CID,
-        path: path.clone(),
+        path: path.to_owned(),
     })
     .expect("a path of our own");
     let mut driver = HostileDriver::new(&mut vsock);
@@ -63,7 +79,7 @@ fn run(input: &mut Input<'_>, path: &PathBuf) -> Option<()> {
                 let packet = packet(input)?;
                 driver.request(TX_QUEUE, &packet, &mut vsock);
             }
-            121..=160 if hosts.len() < MAX_HOSTS => hosts.push(dial(path)),
+            121..=160 if hosts.len() < MAX_HOSTS => hosts.extend(dial(path)),
             161..=200 => {
                 let len = usize::from(input.u16()?);
                 if let Some(host) = hosts.get_mut(who) {

@@ -1,5 +1,5 @@
-//! The fuzzer's bytes as the operands of a program. Every read fails at the end of the input,
-//! which ends the program.
+//! The fuzzer's bytes as the operands of a program. At the end of the input a read fails, which
+//! ends the program; `take`, `byte` and `word` give zeros from there on instead.
 
 /// What is left of the input.
 #[derive(Debug)]
@@ -43,5 +43,28 @@ impl<'a> Input<'a> {
         let (head, rest) = self.0.split_at(len.min(self.0.len()));
         self.0 = rest;
         head
+    }
+
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The next `N` bytes, zeros after the end.
+    pub fn take<const N: usize>(&mut self) -> [u8; N] {
+        let mut bytes = [0; N];
+        let head = self.bytes(N);
+        bytes[..head.len()].copy_from_slice(head);
+        bytes
+    }
+
+    /// The next byte, zero after the end.
+    pub fn byte(&mut self) -> u8 {
+        u8::from_le_bytes(self.take())
+    }
+
+    /// The next two, zeros after the end.
+    pub fn word(&mut self) -> u16 {
+        u16::from_le_bytes(self.take())
     }
 }
