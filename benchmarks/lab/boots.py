@@ -155,6 +155,7 @@ def restore(recorder: Recorder, images: Images, run_dir: Path) -> None:
     command = [*monitors.runner(images.runner, software), "--vsock", os.fspath(path)]
     until = ("--until", _MARK.decode(), "--snapshot", os.fspath(folder))
     _, output = _time_to_init([*command, *until], is_ended=False)
+    # Written once it is stopped, so the snapshot is whole by then.
     _memory_mib(output)
     restored: list[float] = []
     booted: list[float] = []
