@@ -100,11 +100,25 @@ PROMISES = (
         about="exec to the guest's /init, the bare runner / QEMU microvm",
     ),
     Promise(
+        name="vmm_start",
+        unit="ms",
+        limit=0.6,
+        better="lower",
+        about="exec to the first word of a kernel of 45 MiB that does nothing else, as vmm_boot",
+    ),
+    Promise(
         name="vmm_boot_icount",
         unit="ms",
         limit=0.6,
         better="lower",
         about="the same where time is the count of instructions",
+    ),
+    Promise(
+        name="vmm_boot_repeats",
+        unit="boots",
+        limit=1.01,
+        better="lower",
+        about="vmm_boot_icount of one series of boots / of another: how far counting repeats",
     ),
     Promise(
         name="vmm_restore",

@@ -85,7 +85,7 @@ def parts() -> list[Part]:
             name="machine",
             title="the machine monitor in the lab, against QEMU",
             figures=(
-                *("vmm_boot", "vmm_memory", "vmm_restore"),
+                *("vmm_boot", "vmm_memory", "vmm_start", "vmm_restore"),
                 *("vmm_block_random", "vmm_block_sequential"),
                 *("vmm_vsock_throughput", "vmm_vsock_round_trip", "vmm_fs", "vmm_fs_walk"),
             ),
@@ -94,7 +94,7 @@ def parts() -> list[Part]:
         Part(
             name="counted",
             title="the machine monitor's boot by the count of instructions, against QEMU",
-            figures=("vmm_boot_icount",),
+            figures=("vmm_boot_icount", "vmm_boot_repeats"),
             measure=measure_counted,
         ),
     ]

@@ -1,5 +1,6 @@
 """What the lab's benchmarks run, built outside of the lab into ``build/lab/bench``.
 
+    hello           a kernel that says a word and halts, as large as a real one
     boot            the example ``boot`` of ``vmm_core``, the bare runner: a release build
     boot.img        ``boot_init.c`` and nothing else
     echo.img        the same with the modules of a vsock device, so that it answers
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from kata_hybrid.guest.initrd import make_initrd
 from lab_guest.image import BUSYBOX, GuestImage, debian_kernel, guest_image
+from tiny_kernel import End, tiny_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "lab" / "bench"
@@ -32,6 +34,9 @@ _ECHO_MODULES = ("virtio_mmio", "vmw_vsock_virtio_transport")
 _ROOT_FOLDERS = ("bin", "dev", "lib64", "mnt", "proc", "run", "sys", "tmp", "usr/bin")
 _APPLETS = ("cat", "grep", "ls", "mkdir", "mount", "sh")
 _ROOT_MIB = 160
+_HELLO_BYTES = 45 << 20
+MARK = b"init: here"
+"""What the guests that are timed print first."""
 
 
 class ImagesError(Exception):
@@ -43,6 +48,7 @@ class Images:
     """Paths of everything."""
 
     runner: Path
+    hello: Path
     boot_initrd: Path
     echo_initrd: Path
     root: Path
@@ -53,6 +59,7 @@ def find() -> Images:
     """Say where things are once they are built."""
     return Images(
         runner=FOLDER / "boot",
+        hello=FOLDER / "hello",
         boot_initrd=FOLDER / "boot.img",
         echo_initrd=FOLDER / "echo.img",
         root=FOLDER / "root.img",
@@ -71,6 +78,7 @@ def prepare() -> None:
     images.runner.unlink(missing_ok=True)
     # A copy, since cargo may have its folder anywhere; a link would do on one file system only.
     shutil.copy(_build_runner(), images.runner)
+    images.hello.write_bytes(tiny_kernel(MARK, end=End.HALT, pvh_size=_HELLO_BYTES))
     with tempfile.TemporaryDirectory() as scratch:
         init = Path(scratch) / "init"
         _run(["cc", "-O2", "-Wall", "-static", "-o", os.fspath(init), os.fspath(_SOURCE)])

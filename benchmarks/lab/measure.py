@@ -70,6 +70,8 @@ def main() -> int:
         run_dir = Path(name)
         if session.is_asked("vmm_boot", "vmm_memory"):
             session.attempt("vmm_boot", partial(boots.boot, recorder, built))
+        if session.is_asked("vmm_start"):
+            session.attempt("vmm_start", partial(boots.start, recorder, built))
         if session.is_asked("vmm_restore"):
             session.attempt("vmm_restore", partial(boots.restore, recorder, built, run_dir))
         if session.is_asked(*transfers.MEASURES):
