@@ -46,7 +46,14 @@ disabled_plugins = [{disabled}]
   path = "{home}/opt"
 [plugins."io.containerd.shim.v1.manager"]
   socket_dir = "{home}/s"
+[plugins."io.containerd.snapshotter.v1.blockfile"]
+  root_path = "{home}/blockfile"
+  scratch_file = "{home}/scratch.ext4"
+  fs_type = "ext4"
+  recreate_scratch = false
 """
+# What each container's disk is a copy of: an empty file system, larger than the test image.
+_SCRATCH_MIB = 32
 
 # Not needed by a shim's tests, and each would reach outside the private directory.
 _DISABLED = {
@@ -59,7 +66,7 @@ _DISABLED = {
         "io.containerd.nri.v1.nri",
     ),
 }
-_SNAPSHOTTERS = ("aufs", "blockfile", "btrfs", "devmapper", "erofs", "zfs")
+_SNAPSHOTTERS = ("aufs", "btrfs", "devmapper", "erofs", "zfs")
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -156,6 +163,14 @@ class Containerd:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def has_block_snapshots(self) -> bool:
+        """Whether the snapshotter ``blockfile``, whose root file systems are disk images, is there.
+
+        containerd has it from 1.7 on.
+        """
+        return self.install.major > 1
+
+    @property
     def bundles(self) -> Path:
         """Where the bundles of our namespace are."""
         return self.home / "state" / "io.containerd.runtime.v2.task" / self.namespace
@@ -174,6 +189,8 @@ class Containerd:
             (self.home / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         config = self.home / "config.toml"
         config.write_text(self._config())
+        if self.has_block_snapshots:
+            _make_scratch(self.home / "scratch.ext4")
         with contextlib.ExitStack() as stack:
             ready = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
             notify = self.home / "notify"
@@ -320,3 +337,11 @@ class Containerd:
         for point in reversed(points):
             if Path(point).is_relative_to(self.home):
                 subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
+
+
+def _make_scratch(image: Path) -> None:
+    if image.exists():
+        return
+    with image.open("wb") as file:
+        file.truncate(_SCRATCH_MIB << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", os.fspath(image)], check=True, timeout=30)

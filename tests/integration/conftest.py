@@ -43,6 +43,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.vm)
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(180))
+    # Not skipped: a version that never had the feature lacks nothing.
+    old = [item for item in items if _is_too_old(item)]
+    if old:
+        config.hook.pytest_deselected(items=old)
+        items[:] = [item for item in items if item not in old]
+
+
+def _is_too_old(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("containerd")
+    if marker is None or not isinstance(item, pytest.Function):
+        return False
+    install = item.callspec.params["install"]
+    assert isinstance(install, ContainerdInstall)
+    return bool(install.major < marker.kwargs["since"])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
