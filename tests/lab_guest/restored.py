@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from lab_guest.image import GuestImage, guest_image
-from lab_guest.machine import GuestError, Machine
+from lab_guest.machine import Machine
 from lab_guest.streams import HostStream, random_bytes
 
 CHECKS = Path(__file__).parent / "in_guest"
@@ -42,28 +42,16 @@ def wait_for(machine: Machine, script: str) -> float:
     return time.monotonic() - began
 
 
-def _run_early(machine: Machine, script: str) -> str:
-    """Run a script in a guest that may not yet have heard that its streams are gone.
-
-    When it does, it resets what was dialled since as well.
-    """
-    deadline = time.monotonic() + _DEADLINE_S
-    while True:
-        try:
-            return machine.run(script)
-        except GuestError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-
-
 def _live(machine: Machine, snapshot: Path) -> dict[str, object]:
     began = time.monotonic()
     machine.restore(snapshot)
     restored = time.monotonic()
-    seen: dict[str, object] = {"counter": int(_run_early(machine, "cat /run/counter"))}
+    seen: dict[str, object] = {"counter": int(machine.run("cat /run/counter"))}
     answered = time.monotonic()
-    _run_early(machine, "grep -q ended /run/hold.log")
+    # The host's first stream was held until the guest had ended those it had before.
+    counters = machine.counters("vsock")
+    assert (counters["transport_resets"], counters["transport_reset_timeouts"]) == (1, 0), counters
+    wait_for(machine, "grep -q ended /run/hold.log")
     seen["held_stream"] = machine.run("cat /run/hold.log")
     # The echo's listener and epoll remain.
     wait_for(machine, "test $(ls /proc/$(cat /run/echo.pid)/fd | wc -l) -le 5")

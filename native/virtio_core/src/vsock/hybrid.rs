@@ -155,6 +155,16 @@ impl HybridVsock {
         self.exchange.forget();
     }
 
+    /// See [`Muxer::next_host_port`].
+    pub fn next_host_port(&self) -> u32 {
+        self.muxer.next_host_port()
+    }
+
+    /// See [`Muxer::set_next_host_port`].
+    pub fn set_next_host_port(&mut self, port: u32) {
+        self.muxer.set_next_host_port(port);
+    }
+
     /// Counts for diagnosis.
     pub fn counters(&self) -> MuxerCounters {
         self.muxer.counters()

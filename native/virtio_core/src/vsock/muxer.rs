@@ -129,6 +129,17 @@ impl Muxer {
         self.resets.len() >= MAX_RESETS || self.queued.len() >= MAX_QUEUED
     }
 
+    /// What the next host that connects is called, as far as it is free. Who takes over a guest
+    /// goes on from there: it still has its ends of streams that are gone.
+    pub fn next_host_port(&self) -> u32 {
+        self.next_host_port
+    }
+
+    /// Go on with host ports from `port`; one that is out of their range is brought into it.
+    pub fn set_next_host_port(&mut self, port: u32) {
+        self.next_host_port = port % FIRST_HOST_PORT + FIRST_HOST_PORT;
+    }
+
     /// Something waits for guest buffers.
     pub fn has_pending(&self) -> bool {
         !self.resets.is_empty() || !self.queued.is_empty()

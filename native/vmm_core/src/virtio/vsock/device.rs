@@ -329,6 +329,7 @@ impl VirtioDevice for Vsock {
         let state = VsockState {
             guest_cid: self.guest_cid,
             was_active: self.active.is_some(),
+            next_host_port: self.host.next_host_port(),
         };
         saved::encode(DeviceKind::Vsock, &state)
     }
@@ -337,11 +338,13 @@ impl VirtioDevice for Vsock {
         let VsockState {
             guest_cid,
             was_active,
+            next_host_port,
         } = saved::decode(DeviceKind::Vsock, state)?;
         if guest_cid != self.guest_cid {
             let reason = format!("the guest's cid is {guest_cid}, not {}", self.guest_cid);
             return Err(saved::refused(DeviceKind::Vsock, reason));
         }
+        self.host.set_next_host_port(next_host_port);
         if was_active {
             self.transport_reset.request();
         }

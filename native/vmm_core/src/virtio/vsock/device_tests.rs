@@ -466,6 +466,22 @@ fn a_restored_guest_is_told_and_hosts_wait_until_it_heard() {
 }
 
 #[test]
+fn a_restored_guest_gets_no_stream_by_the_ports_of_one_it_still_has() {
+    let mut machine = MockMachine::active(true);
+    let (_first, one) = machine.connected();
+    let (_second, other) = machine.connected();
+    for _ in 0..2 {
+        machine.device.pause().unwrap();
+        machine = machine.restored();
+        machine.device.resume();
+        machine.settle();
+        machine.take_event();
+        let (_host, request) = machine.connected();
+        assert!(![one.src_port, other.src_port].contains(&request.src_port));
+    }
+}
+
+#[test]
 fn a_restored_guest_that_ignores_the_event_is_served_all_the_same() {
     let mut machine = MockMachine::active(true);
     machine.device.pause().unwrap();
@@ -512,6 +528,7 @@ fn a_state_of_another_guest_is_refused() {
     let state = VsockState {
         guest_cid: CID + 1,
         was_active: true,
+        next_host_port: 0,
     };
     let other = saved::encode(DeviceKind::Vsock, &state).unwrap();
     let error = machine.device.restore(&other).unwrap_err();
