@@ -10,6 +10,13 @@ pub(crate) fn pending(available: u16, next: u16, size: u16) -> Option<u16> {
     (count <= size).then_some(count)
 }
 
+/// How many chains were taken and not given back: each is given back once, so the two indices tell.
+/// None where they don't match, since somebody had us go over entries again (vhost-user may).
+pub(crate) fn in_flight(next_available: u16, next_used: u16, size: u16) -> u16 {
+    let count = next_available.wrapping_sub(next_used);
+    if count <= size { count } else { 0 }
+}
+
 /// The entry that a free-running index names; `size` is a power of two.
 pub(crate) fn slot(index: u16, size: u16) -> u16 {
     index & size.wrapping_sub(1)
@@ -25,7 +32,7 @@ pub(crate) fn has_passed(event: u16, new: u16, old: u16) -> bool {
 /// (`cargo kani -p virtio_core`), and gone through by the tests as far as there is time.
 #[cfg(any(test, kani))]
 mod claims {
-    use super::{has_passed, pending, slot};
+    use super::{has_passed, in_flight, pending, slot};
 
     pub(super) fn a_slot_is_inside_of_the_ring(index: u16, size: u16) -> bool {
         slot(index, size) < size && slot(index, size) == index % size
@@ -34,6 +41,12 @@ mod claims {
     pub(super) fn no_more_than_a_full_ring_is_pending(next: u16, added: u16, size: u16) -> bool {
         let expected = if added <= size { Some(added) } else { None };
         pending(next.wrapping_add(added), next, size) == expected
+    }
+
+    /// So `size - in_flight` is the room for more, and never less than none.
+    pub(super) fn at_most_a_full_ring_is_in_flight(next_used: u16, taken: u16, size: u16) -> bool {
+        let expected = if taken <= size { taken } else { 0 };
+        in_flight(next_used.wrapping_add(taken), next_used, size) == expected
     }
 
     pub(super) fn nothing_added_passes_nothing(event: u16, index: u16) -> bool {
@@ -98,6 +111,17 @@ mod tests {
     }
 
     #[test]
+    fn every_difference_is_in_flight_or_no_match_in_every_ring() {
+        for size in sizes() {
+            for next_used in EDGES {
+                assert!(indices().all(|taken| {
+                    claims::at_most_a_full_ring_is_in_flight(next_used, taken, size)
+                }));
+            }
+        }
+    }
+
+    #[test]
     fn nothing_added_passes_no_event() {
         for index in EDGES {
             assert!(indices().all(|event| claims::nothing_added_passes_nothing(event, index)));
@@ -153,6 +177,15 @@ mod proofs {
     #[kani::proof]
     fn no_more_than_a_full_ring_is_pending() {
         assert!(claims::no_more_than_a_full_ring_is_pending(
+            kani::any(),
+            kani::any(),
+            any_size()
+        ));
+    }
+
+    #[kani::proof]
+    fn at_most_a_full_ring_is_in_flight() {
+        assert!(claims::at_most_a_full_ring_is_in_flight(
             kani::any(),
             kani::any(),
             any_size()

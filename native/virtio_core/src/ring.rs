@@ -76,8 +76,10 @@ pub enum RingError {
         /// Its guest address.
         address: u64,
     },
-    /// the driver's index jumped
-    #[error("available index went from {from} to {to} in a ring of {size}")]
+    /// the driver's index jumped: it makes more available than it has back and there is
+    #[error(
+        "available index went from {from} to {to} in a ring of {size}, {in_flight} of it in flight"
+    )]
     AvailableIndex {
         /// The entry the device would take next.
         from: u16,
@@ -85,6 +87,8 @@ pub enum RingError {
         to: u16,
         /// Entries.
         size: u16,
+        /// Chains that were taken and not given back.
+        in_flight: u16,
     },
     /// a head that is no descriptor
     #[error("available ring names descriptor {head} of {size}")]
@@ -235,11 +239,19 @@ impl Ring {
         let RingState {
             size,
             next_available: from,
+            next_used,
             ..
         } = self.state;
         let to = self.available_index();
-        let count = index::pending(to, from, size);
-        if count.ok_or(RingError::AvailableIndex { from, to, size })? == 0 {
+        let in_flight = index::in_flight(from, next_used, size);
+        let count = index::pending(to, from, size - in_flight);
+        let jumped = RingError::AvailableIndex {
+            from,
+            to,
+            size,
+            in_flight,
+        };
+        if count.ok_or(jumped)? == 0 {
             return Ok(None);
         }
         let slot = usize::from(index::slot(from, size));

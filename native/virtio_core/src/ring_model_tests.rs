@@ -437,7 +437,8 @@ proptest! {
         changes in vec((0..SMALL * 2, any::<u8>()), 0..40),
         bits in 0u32..6,
         areas in (0..SMALL / 16, 0..SMALL / 2, 0..SMALL / 4),
-        indices: (u16, u16),
+        index: u16,
+        held in 0u16..3,
         count in 0u16..9,
         has_event_idx: bool,
     ) {
@@ -450,15 +451,15 @@ proptest! {
             available: areas.1 * 2 + SMALL,
             used: areas.2 * 4,
             has_event_idx,
-            next_available: indices.0,
-            next_used: indices.1,
+            next_available: index,
+            next_used: index.wrapping_sub(held),
         };
         let Ok(mut ring) = Ring::new(Arc::clone(&ram), state) else {
             return Ok(());
         };
         // Mostly an index that could be, so that there is something to take.
-        let index = indices.0.wrapping_add(count);
-        ram.mappings().write_slice(&index.to_le_bytes(), GuestAddress(state.available + 2)).unwrap();
+        let published = index.wrapping_add(count);
+        ram.mappings().write_slice(&published.to_le_bytes(), GuestAddress(state.available + 2)).unwrap();
 
         let mut chain = Chain::new(&ram);
         let mut changes = changes.into_iter();

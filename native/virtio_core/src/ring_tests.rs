@@ -431,10 +431,31 @@ fn tables_and_buffers_need_no_alignment() {
         it.driver.add_indirect(TABLE + offset, &buffers);
         assert!(it.pop());
         assert_eq!((it.chain.readable.len(), it.chain.writable.len()), (7, 5));
+        it.ring.complete(it.chain.head, 0);
     }
 }
 
 // --- the available ring ---------------------------------------------------------------------------
+
+#[test]
+fn a_driver_has_no_more_chains_than_the_ring_has_descriptors() {
+    let mut it = fixture(4, false);
+    for _ in 0..4 {
+        it.driver.add(&[MockBuffer::readable(0x6000, 1)]);
+        assert!(it.pop());
+    }
+    // One that the device has still, once more.
+    it.driver.set_available_index(5);
+    let expected = RingError::AvailableIndex {
+        from: 4,
+        to: 5,
+        size: 4,
+        in_flight: 4,
+    };
+    assert_eq!(it.ring.pop(&mut it.chain), Err(expected));
+    it.ring.complete(2, 0);
+    assert!(it.pop(), "it may come again once it was given back");
+}
 
 #[test]
 fn an_index_that_jumped_ends_the_ring() {
@@ -444,6 +465,7 @@ fn an_index_that_jumped_ends_the_ring() {
         from: 0,
         to: 5,
         size: 4,
+        in_flight: 0,
     };
     assert_eq!(it.ring.pop(&mut it.chain), Err(expected));
     assert_eq!(

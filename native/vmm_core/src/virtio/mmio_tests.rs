@@ -339,7 +339,7 @@ fn a_broken_ring_stops_the_device_until_its_driver_resets_it() {
     let warning = bench.warnings.0.lock().unwrap().join("");
     assert_eq!(
         warning,
-        "rng echo: queue 0: available index went from 0 to 1000 in a ring of 16"
+        "rng echo: queue 0: available index went from 0 to 1000 in a ring of 16, 0 of it in flight"
     );
     bench.write(QUEUE_NOTIFY, 0);
     assert_eq!(bench.turn(), 0, "nothing is watched");

@@ -319,6 +319,7 @@ fn a_broken_ring_is_an_error_that_names_it() {
         from: 0,
         to: 1000,
         size: 128,
+        in_flight: 0,
     };
     assert!(
         matches!(error, DeviceError::Ring { index: 1, source } if source == expected),

@@ -122,8 +122,10 @@ impl TransportReset {
 /// Fill an event buffer, if there is one: gives how many others are held since.
 fn send(ring: &mut Ring) -> Result<Option<u16>, RingError> {
     let mut chain = Chain::new(ring.ram());
+    // Not for ever: a driver may offer one as soon as it has it back.
+    let mut tries = 0..ring.size();
     loop {
-        if !ring.pop(&mut chain)? {
+        if tries.next().is_none() || !ring.pop(&mut chain)? {
             return Ok(None);
         }
         if chain.writable.copy_from(0, &EVENT) == EVENT.len() {
@@ -134,7 +136,7 @@ fn send(ring: &mut Ring) -> Result<Option<u16>, RingError> {
     // Before the driver can see the event, so that a buffer offered later is a sign of it.
     let mut other = Chain::new(ring.ram());
     let mut held = 0;
-    while held < ring.size() && ring.pop_another(&mut other)? {
+    while ring.pop_another(&mut other)? {
         held += 1;
     }
     ring.complete(chain.head, EVENT_LEN);
