@@ -85,7 +85,7 @@ def parts() -> list[Part]:
             name="machine",
             title="the machine monitor in the lab, against QEMU",
             figures=(
-                *("vmm_boot", "vmm_memory", "vmm_start", "vmm_restore"),
+                *("vmm_boot", "vmm_boot_tuned", "vmm_memory", "vmm_start", "vmm_restore"),
                 *("vmm_block_random", "vmm_block_sequential"),
                 *("vmm_vsock_throughput", "vmm_vsock_round_trip", "vmm_fs", "vmm_fs_walk"),
             ),

@@ -68,7 +68,7 @@ def main() -> int:
         return 0 if session.is_good else 1
     with tempfile.TemporaryDirectory(prefix="kh-") as name:
         run_dir = Path(name)
-        if session.is_asked("vmm_boot", "vmm_memory"):
+        if session.is_asked("vmm_boot", "vmm_boot_tuned", "vmm_memory"):
             session.attempt("vmm_boot", partial(boots.boot, recorder, built))
         if session.is_asked("vmm_start"):
             session.attempt("vmm_start", partial(boots.start, recorder, built))

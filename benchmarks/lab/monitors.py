@@ -1,7 +1,7 @@
 """The commands that start a machine: our bare runner, and QEMU as it is at its best.
 
     runner     ours: virtio-mmio devices
-    microvm    QEMU's lightest machine: virtio-mmio devices, no firmware but qboot
+    microvm    QEMU's lightest machine: virtio-mmio devices, no firmware but qboot; tuned or not
     q35        QEMU's usual machine: virtio-pci devices; for shared folders, which microvm lacks
 
 Both sides get the same files, memory, processor and kernel parameters, but what one of them needs
@@ -16,10 +16,9 @@ from pathlib import Path
 QEMU = "qemu-system-x86_64"
 GUEST_CID = 77
 """Of QEMU's guest: the host's kernel knows it by this."""
-# Without what this guest has no use for. The clock chip stays: without it the kernel boots in twice
-# the time, as it waits for a chip that is busy for ever.
-_MICROVM = (
-    "microvm,accel=kvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on,acpi=on,"
+# Without what this guest has no use for, as QEMU's manual shows it.
+MICROVM = (
+    "microvm,accel=kvm,x-option-roms=off,pit=off,pic=off,isa-serial=on,acpi=on,"
     "auto-kernel-cmdline=off"
 )
 
@@ -47,11 +46,16 @@ def runner_disks(disks: Sequence[Path]) -> list[str]:
     return [word for disk in disks for word in ("--read-only-disk", os.fspath(disk))]
 
 
-def microvm(software: Software) -> list[str]:
-    """QEMU's microvm, without devices."""
+def microvm(software: Software, *, has_clock: bool = True) -> list[str]:
+    """QEMU's microvm, without devices.
+
+    ``has_clock``: with a clock chip, which QEMU leaves out where KVM is used unless it is asked
+    for. The kernel looks for one, and waits for a missing one as for one that is busy.
+    """
+    machine = f"{MICROVM},rtc={'on' if has_clock else 'off'}"
     return [
         *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-        *("-machine", _MICROVM, "-cpu", "host", "-smp", "1", "-m", f"{software.memory_mib}M"),
+        *("-machine", machine, "-cpu", "host", "-smp", "1", "-m", f"{software.memory_mib}M"),
         *_software(software),
     ]
 

@@ -35,6 +35,16 @@ def test_all_machines_run_the_same(monitors: ModuleType) -> None:
         assert "256" in " ".join(command)
 
 
+def test_microvm_differs_by_its_clock_alone(monitors: ModuleType) -> None:
+    software = monitors.Software(
+        kernel=Path("/data/vmlinux"), initrd=Path("/data/initrd"), parameters="", memory_mib=256
+    )
+    tuned, plain = (monitors.microvm(software, has_clock=has_clock) for has_clock in (True, False))
+    assert [pair for pair in zip(tuned, plain, strict=True) if pair[0] != pair[1]] == [
+        (f"{monitors.MICROVM},rtc=on", f"{monitors.MICROVM},rtc=off")
+    ]
+
+
 def test_a_disk_is_the_same_file_and_read_only_on_both_sides(monitors: ModuleType) -> None:
     assert monitors.runner_disks(_DISKS) == [
         *("--read-only-disk", "/data/root.img", "--read-only-disk", "/data/data.img")

@@ -42,7 +42,7 @@ const MAX_WARNINGS: u64 = 8;
 
 /// A device and its registers, as a snapshot keeps them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct MmioState {
+pub struct MmioState {
     kind: u32,
     registers: Registers,
     interrupt_status: u32,
@@ -155,7 +155,7 @@ impl MmioTransport {
     // --- the I/O thread ------------------------------------------------------------------------
 
     /// A descriptor watched with `token` is ready.
-    pub(crate) fn ready(&self, token: u32, readiness: epoll::EventFlags) {
+    pub fn ready(&self, token: u32, readiness: epoll::EventFlags) {
         let mut inner = self.lock();
         if !inner.is_active {
             return;
@@ -193,7 +193,10 @@ impl MmioTransport {
     }
 
     /// Finish what is under way; nothing is served until [`MmioTransport::resume`].
-    pub(crate) fn pause(&self) -> Result<(), DeviceError> {
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn pause(&self) -> Result<(), DeviceError> {
         let mut inner = self.lock();
         if inner.is_active {
             inner.device.pause()?;
@@ -202,7 +205,7 @@ impl MmioTransport {
     }
 
     /// Go on.
-    pub(crate) fn resume(&self) {
+    pub fn resume(&self) {
         let mut inner = self.lock();
         if inner.is_active {
             inner.device.resume();
@@ -224,7 +227,10 @@ impl MmioTransport {
     }
 
     /// Keep everything. While paused.
-    pub(crate) fn save(&self) -> Result<MmioState, DeviceError> {
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn save(&self) -> Result<MmioState, DeviceError> {
         let inner = self.lock();
         Ok(MmioState {
             kind: self.kind as u32,
@@ -237,7 +243,10 @@ impl MmioTransport {
     }
 
     /// Become what was kept. The device is fresh; it is paused afterwards if it was active.
-    pub(crate) fn restore(&self, state: &MmioState) -> Result<(), DeviceError> {
+    ///
+    /// # Errors
+    /// The state is of another device, or says what cannot be.
+    pub fn restore(&self, state: &MmioState) -> Result<(), DeviceError> {
         let mut inner = self.lock();
         let refuse = |reason: &str| DeviceError::State {
             kind: self.kind.name(),
