@@ -15,8 +15,7 @@ from recording import Recorder
 
 from busybox_image import IMAGE_NAME
 from harness.containers import Containers
-from harness.daemon import Containerd, ContainerdInstall
-from host_packages import CONTAINERD_1_BIN
+from harness.daemon import Containerd, containerd_installs
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -58,7 +57,7 @@ def containerd(bin_dir: Path) -> Iterator[Containerd]:
     """A private containerd, Debian's, with the test image and the guest that set-up built."""
     configuration = BUILD / "guest" / "configuration.toml"
     image = BUILD / "images" / "busybox.tar"
-    install = ContainerdInstall(major=1, bin_dir=CONTAINERD_1_BIN)
+    install = containerd_installs(BUILD)["1"]
     absent = [os.fspath(path) for path in (configuration, image) if not path.exists()]
     if install.missing():
         absent.append(install.missing())

@@ -23,7 +23,7 @@ sys.path[:0] = [os.fspath(ROOT / "tests")]
 
 from busybox_image import IMAGE_NAME  # noqa: E402
 from harness.containers import KATA_RUNTIME, Containers  # noqa: E402 -- the path above comes first
-from harness.daemon import Containerd, ContainerdInstall, DaemonError  # noqa: E402
+from harness.daemon import Containerd, ContainerdInstall, DaemonError, containerd_installs  # noqa: E402
 from harness.deadline import DeadlineError  # noqa: E402
 from harness.events import EventWatcher  # noqa: E402
 from harness.leaks import assert_nothing_left, find_processes, mount_points, take_census  # noqa: E402
@@ -31,10 +31,7 @@ from harness.leaks import assert_nothing_left, find_processes, mount_points, tak
 BUILD = ROOT / "build"
 CONFIGURATION = BUILD / "guest" / "configuration.toml"
 BIN = BUILD / "installed" / "bin"
-INSTALLS = {
-    "1": ContainerdInstall(major=1, bin_dir=BUILD / "containerd-1" / "usr" / "bin"),
-    "2": ContainerdInstall(major=2, bin_dir=BUILD / "containerd-2" / "bin"),
-}
+INSTALLS = containerd_installs(BUILD)
 EXPECTED_STATUS = 3
 SCRIPT = f'echo "Hello from $(hostname), process $$ of kernel $(uname -r)"; exit {EXPECTED_STATUS}'
 _BOOT_TIMEOUT_S = 120.0

@@ -14,6 +14,7 @@ from setup_steps import BUILD, SetupError, run, say
 
 CONTAINERD_1 = BUILD / "containerd-1"
 CONTAINERD_1_BIN = CONTAINERD_1 / "usr" / "bin"
+RUNC = CONTAINERD_1 / "usr" / "sbin" / "runc"
 _EXECUTABLE_DIRS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _RUST = (1, 88)
 
@@ -135,10 +136,6 @@ def unpack_containerd() -> None:
     for archive in (*packages.glob("containerd_*.deb"), *packages.glob("runc_*.deb")):
         run(["dpkg-deb", "-x", archive, CONTAINERD_1], log="containerd-1")
         archive.unlink()
-    # One directory for PATH: containerd looks for runc there.
-    runc = CONTAINERD_1_BIN / "runc"
-    runc.unlink(missing_ok=True)
-    runc.symlink_to("../sbin/runc")
 
 
 def _has_ensurepip() -> bool:

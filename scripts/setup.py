@@ -17,7 +17,7 @@ from pathlib import Path
 import busybox_image
 import lab_kernel
 from go_build import CONTAINERD_2_BIN, CONTAINERD_VERSION, PROGRAMS, build_containerd
-from host_packages import CONTAINERD_1_BIN, install_packages, unpack_containerd
+from host_packages import CONTAINERD_1_BIN, RUNC, install_packages, unpack_containerd
 from setup_steps import BUILD, ROOT, SetupError, Step, run, run_steps
 
 PYTHON_MINIMUM = (3, 11)
@@ -179,7 +179,7 @@ def steps() -> list[Step]:
             name="containerd-1",
             title="containerd 1.6 (Debian's, unpacked in build/)",
             run=unpack_containerd,
-            outputs=(CONTAINERD_1_BIN / "containerd", CONTAINERD_1_BIN / "runc"),
+            outputs=(CONTAINERD_1_BIN / "containerd", RUNC),
         ),
         Step(
             name="containerd-2",

@@ -76,10 +76,11 @@ class DaemonError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerdInstall:
-    """Where one version of containerd, ``ctr`` and its runc shim are."""
+    """Where one version of containerd, ``ctr`` and its runc shim are, and runc, which all share."""
 
     major: int
     bin_dir: Path
+    runc: Path
 
     @property
     def label(self) -> str:
@@ -88,12 +89,21 @@ class ContainerdInstall:
 
     def missing(self) -> str:
         """Say what is not there, or return an empty string."""
-        absent = [
-            os.fspath(self.bin_dir / name)
-            for name in ("containerd", "ctr", "containerd-shim-runc-v2")
-            if not os.access(self.bin_dir / name, os.X_OK)
+        programs = [
+            self.bin_dir / name for name in ("containerd", "ctr", "containerd-shim-runc-v2")
         ]
-        return ", ".join(absent)
+        absent = [path for path in (*programs, self.runc) if not os.access(path, os.X_OK)]
+        return ", ".join(map(os.fspath, absent))
+
+
+def containerd_installs(build: Path) -> dict[str, ContainerdInstall]:
+    """Say where ``make setup`` puts each version, by its number."""
+    old = build / "containerd-1" / "usr"
+    runc = old / "sbin" / "runc"
+    return {
+        "1": ContainerdInstall(major=1, bin_dir=old / "bin", runc=runc),
+        "2": ContainerdInstall(major=2, bin_dir=build / "containerd-2" / "bin", runc=runc),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +148,9 @@ class Containerd:
         self.log = home / "containerd.log"
         path = [os.fspath(shim_dir)] if shim_dir is not None else []
         self.environment = {
-            "PATH": ":".join([*path, os.fspath(install.bin_dir), _SYSTEM_PATH]),
+            "PATH": ":".join(
+                [*path, *map(os.fspath, (install.bin_dir, install.runc.parent)), _SYSTEM_PATH]
+            ),
             "HOME": os.fspath(home),
             "KATA_HYBRID_RUN_DIR": os.fspath(self.run_dir),
             **(environment or {}),

@@ -19,17 +19,14 @@ import pytest
 
 from busybox_image import IMAGE_NAME
 from harness.containers import KATA_RUNTIME, Containers
-from harness.daemon import Containerd, ContainerdInstall
+from harness.daemon import Containerd, ContainerdInstall, containerd_installs
 from harness.events import EventWatcher
 from harness.leaks import Census, assert_nothing_left, take_census
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 SHIM = "containerd-shim-kata-hybrid-v2"
-_INSTALLS = {
-    "1": ContainerdInstall(major=1, bin_dir=BUILD / "containerd-1" / "usr" / "bin"),
-    "2": ContainerdInstall(major=2, bin_dir=BUILD / "containerd-2" / "bin"),
-}
+_INSTALLS = containerd_installs(BUILD)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
