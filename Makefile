@@ -27,6 +27,7 @@ demo: setup ## Run a container in a virtual machine, with a real containerd, and
 test: setup ## Run all tests: Python, Rust, integration on both containerds, some in the lab (needs root)
 	$(BIN)/python -m pytest -m 'not integration and not vm and not lab'
 	cargo test --workspace --locked --quiet
+	cargo test --workspace --locked --quiet --bench '*'
 	KATA_HYBRID_REQUIRE=integration,vm $(BIN)/python -m pytest -m '(integration or vm) and not lab'
 	@PYTHONPATH=tests $(BIN)/python -m lab_guest.image
 	KATA_HYBRID_LAB_QUICK=1 $(BIN)/python scripts/lab.py --timeout $(LAB_SECONDS) -- scripts/lab_suite.sh
