@@ -200,6 +200,79 @@ class GuestDisk:
     source: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkDevice:
+    """A network card the guest gets before it boots (virtio-net), with a tap at the host's end."""
+
+    id: str
+    """The name of the link it stands for, for errors and metrics."""
+    tap_fds: tuple[int, ...]
+    """Open queues of a tap, one for each pair; they stay the giver's, and open until the start."""
+    mac: str
+    mtu: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestInterface:
+    """How the agent sets a network card up (agent protocol ``Interface``)."""
+
+    name: str
+    mac: str
+    """By which the agent finds it."""
+    mtu: int
+    addresses: tuple[str, ...]
+    """Each with the length of its prefix, such as ``10.0.0.2/24``."""
+    device_path: str = ""
+    """The PCI path, where there is one: the agent waits for the device."""
+    has_arp: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestRoute:
+    """A route of the guest's (agent protocol ``Route``)."""
+
+    destination: str
+    """A prefix; empty for the default route."""
+    gateway: str
+    device: str
+    source: str = ""
+    scope: int = 0
+    flags: int = 0
+    mtu: int = 0
+    is_ipv6: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestNeighbor:
+    """A permanent neighbour of the guest's (agent protocol ``ARPNeighbor``)."""
+
+    address: str
+    device: str
+    mac: str
+    state: int
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestNetwork:
+    """All that the agent sets up of a pod's network."""
+
+    interfaces: tuple[GuestInterface, ...] = ()
+    routes: tuple[GuestRoute, ...] = ()
+    neighbors: tuple[GuestNeighbor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkHooks:
+    """Links in a network namespace that frames are redirected from: to be undone."""
+
+    namespace: str
+    """Its path."""
+    identity: str
+    """What tells it from a later one at that path (``persist/netns.py``)."""
+    links: tuple[str, ...]
+
+
 class FolderCache(Enum):
     """What the guest may cache of a shared folder."""
 

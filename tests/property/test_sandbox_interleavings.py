@@ -30,6 +30,7 @@ from kata_hybrid.runtimes.base import (
     TaskResumed,
     TaskStarted,
 )
+from kata_hybrid.runtimes.oci.spec import Spec
 from kata_hybrid.runtimes.virt.sandbox import VirtSandbox
 from kata_hybrid.testing.fake_agent import FakeAgent
 from kata_hybrid.testing.fake_guest import FakeGuest, FakeStreams, prepare_nothing
@@ -94,7 +95,7 @@ class World:
             preparer=prepare_nothing,
         )
 
-    async def _make_guest(self, _request: CreateRequest) -> FakeGuest:
+    async def _make_guest(self, _request: CreateRequest, _spec: Spec) -> FakeGuest:
         return self.guest
 
     async def _gate(self, _method: str) -> None:

@@ -13,6 +13,7 @@ from kata_hybrid.types import (
     ContainerStats,
     ExecId,
     GuestDetails,
+    GuestNetwork,
     GuestStorage,
     JsonObject,
     SandboxId,
@@ -67,6 +68,9 @@ class Agent(Protocol):
         storages: tuple[GuestStorage, ...],
     ) -> None:
         """Prepare the guest for its pod."""
+
+    async def update_network(self, network: GuestNetwork) -> None:
+        """Set the guest's interfaces, neighbours and routes up. Before its sandbox is created."""
 
     async def guest_details(self) -> GuestDetails:
         """Ask what the agent can do."""

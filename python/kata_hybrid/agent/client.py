@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from kata_hybrid._native import vsock
 from kata_hybrid.agent import convert
 from kata_hybrid.agent.log import forward
+from kata_hybrid.agent.network import interface_message, neighbor_message, route_message
 from kata_hybrid.agent.stdio import ProcessCopies
 from kata_hybrid.agent.streams import HostStreams
 from kata_hybrid.aio.events import NativeEvents
@@ -36,6 +37,7 @@ from kata_hybrid.types import (
     ContainerStats,
     ExecId,
     GuestDetails,
+    GuestNetwork,
     GuestStorage,
     JsonObject,
     SandboxId,
@@ -166,6 +168,24 @@ class AgentClient:
             sandbox_id=sandbox_id,
         )
         await self._request("CreateSandbox", request)
+
+    async def update_network(self, network: GuestNetwork) -> None:
+        """Set the guest's interfaces, neighbours and routes up."""
+        for interface in network.interfaces:
+            message = interface_message(interface)
+            await self._request(
+                "UpdateInterface", agent_pb2.UpdateInterfaceRequest(interface=message)
+            )
+        if network.neighbors:
+            neighbors = agent_pb2.ARPNeighbors(
+                ARPNeighbors=map(neighbor_message, network.neighbors)
+            )
+            await self._request(
+                "AddARPNeighbors", agent_pb2.AddARPNeighborsRequest(neighbors=neighbors)
+            )
+        if network.routes:
+            routes = agent_pb2.Routes(Routes=map(route_message, network.routes))
+            await self._request("UpdateRoutes", agent_pb2.UpdateRoutesRequest(routes=routes))
 
     async def guest_details(self) -> GuestDetails:
         """Ask what the agent can do."""

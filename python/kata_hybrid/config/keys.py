@@ -17,6 +17,7 @@ from kata_hybrid.config.model import (
     BlockEngine,
     HypervisorName,
     LogLevel,
+    NetworkModel,
 )
 from kata_hybrid.types import FolderCache
 
@@ -174,6 +175,7 @@ RUNTIME_KEYS: Mapping[str, Key] = {
     "enable_debug": Key("enable_debug", _boolean),
     "log_level": Key("log_level", _enum(LogLevel)),
     "disable_guest_seccomp": Key("disable_guest_seccomp", _boolean),
+    "internetworking_model": Key("network_model", _enum(NetworkModel, aliases={"": "tcfilter"})),
 }
 
 TABLES: Mapping[tuple[str, ...], Mapping[str, Key]] = {

@@ -40,6 +40,13 @@ class HypervisorName(Enum):
     QEMU = "qemu"
 
 
+class NetworkModel(Enum):
+    """How a link of the pod is joined to the guest's card (key ``internetworking_model``)."""
+
+    TC_FILTER = "tcfilter"
+    NONE = "none"
+
+
 class BlockEngine(Enum):
     """Who does the I/O of disks (key ``block_device_aio``)."""
 
@@ -156,6 +163,8 @@ class RuntimeConfig:
     enable_debug: bool = False
     log_level: LogLevel = LogLevel.INFO
     disable_guest_seccomp: bool = False
+    network_model: NetworkModel = NetworkModel.TC_FILTER
+    """Key ``internetworking_model``."""
 
     @property
     def logging_level(self) -> int:

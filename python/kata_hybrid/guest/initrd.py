@@ -30,6 +30,7 @@ BOOT_MODULES = (
     "vmw_vsock_virtio_transport",
     "overlay",
     "virtio_rng",
+    "virtio_net",
 )
 """Loaded by guest-init before the agent runs: what the agent cannot do without."""
 

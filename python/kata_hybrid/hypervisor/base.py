@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from kata_hybrid.errors import InvalidArgumentError
-from kata_hybrid.types import BlockDevice, FolderDevice, GuestDisk, ProcessIdentity, VmExit
+from kata_hybrid.types import (
+    BlockDevice,
+    FolderDevice,
+    GuestDisk,
+    NetworkDevice,
+    ProcessIdentity,
+    VmExit,
+)
 
 _MAX_SERIAL_BYTES: Final = 20
 """VIRTIO_BLK_ID_BYTES, virtio 1.2 section 5.2.6."""
@@ -69,6 +76,17 @@ class Hypervisor(Protocol):
 
         Raises:
             InvalidArgumentError: its id does not fit a virtio-blk serial.
+            ResourceExhaustedError: the machine has room for no more.
+            InvalidStateError: too late.
+        """
+
+    def add_network(self, device: NetworkDevice) -> str:
+        """Give the guest a virtio-net device. Before ``start``.
+
+        Returns:
+            Its PCI path, by which the agent waits for it; empty where there is no PCI.
+
+        Raises:
             ResourceExhaustedError: the machine has room for no more.
             InvalidStateError: too late.
         """

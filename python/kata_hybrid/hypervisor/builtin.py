@@ -41,6 +41,7 @@ from kata_hybrid.types import (
     FolderDevice,
     GuestDisk,
     HostFolder,
+    NetworkDevice,
     ProcessIdentity,
     VmExit,
 )
@@ -48,7 +49,8 @@ from kata_hybrid.types import (
 _START_TIMEOUT_S = 60.0
 """Reading a kernel from a slow disk, and filling gigabytes of huge pages with zeros."""
 _STOP_TIMEOUT_S = 20.0
-_MAX_DISKS = 12
+_MAX_DISKS = 11
+_MAX_NETWORKS = 4
 _HUGE_PAGE_MIB = 2
 _KVM_DEVICE = "/dev/kvm"
 _THREAD_NAME = "vmm-call"
@@ -117,6 +119,7 @@ class BuiltinHypervisor:
         self._events = events
         self._folders: list[HostFolder] = []
         self._disks: list[BlockDevice] = []
+        self._networks: list[NetworkDevice] = []
         self._vm: vmm.Vm | None = None
         self._console: OutputReader | None = None
         self._console_end = ""
@@ -163,6 +166,15 @@ class BuiltinHypervisor:
             raise ResourceExhaustedError(message)
         self._disks.append(disk)
         return GuestDisk(driver="mmioblk", source=_disk_node(len(self._disks) - 1))
+
+    def add_network(self, device: NetworkDevice) -> str:
+        """Give the guest a virtio-net device, found by its hardware address. Before ``start``."""
+        self._refuse_if_started("add a network card to")
+        if len(self._networks) >= _MAX_NETWORKS:
+            message = f"a machine has at most {_MAX_NETWORKS} network cards"
+            raise ResourceExhaustedError(message)
+        self._networks.append(device)
+        return ""
 
     def _refuse_if_started(self, request: str) -> None:
         if self._is_started or self._exit is not None:
@@ -235,6 +247,15 @@ class BuiltinHypervisor:
             if node != _disk_node(index):
                 message = f"disk {disk.id} is {node}, {_disk_node(index)} was promised"
                 raise InternalError(message)
+        for network in self._networks:
+            vm.add_net(
+                id=network.id,
+                # Copies, which are taken over.
+                tap=[os.dup(fd) for fd in network.tap_fds],
+                mac=bytes.fromhex(network.mac.replace(":", "")),
+                mtu=network.mtu,
+                queue_pairs=len(network.tap_fds),
+            )
         vm.start()
 
     async def _end_failed_start(self) -> None:

@@ -25,6 +25,7 @@ from kata_hybrid.hypervisor.qemu_command import (
     QemuMachine,
     build_command,
     disk_pci_path,
+    network_pci_path,
 )
 from kata_hybrid.hypervisor.qmp import ExitCauses, Monitor
 from kata_hybrid.hypervisor.vsock import (
@@ -41,6 +42,7 @@ from kata_hybrid.types import (
     BlockDevice,
     FolderDevice,
     GuestDisk,
+    NetworkDevice,
     ProcessIdentity,
     VhostUserFs,
     VmExit,
@@ -93,6 +95,7 @@ class QemuHypervisor:
         self._start_backend = vsock_backend
         self._folders: list[VhostUserFs] = []
         self._disks: list[BlockDevice] = []
+        self._networks: list[NetworkDevice] = []
         self._resources = contextlib.ExitStack()
         self._kernel_vsock: KernelVsock | None = None
         self._vsock_backend: VsockBackend | None = None
@@ -148,6 +151,13 @@ class QemuHypervisor:
         self._disks.append(disk)
         return GuestDisk(driver="blk", source=pci_path)
 
+    def add_network(self, device: NetworkDevice) -> str:
+        """Give the guest a virtio-net device, found by its PCI path. Before ``start``."""
+        self._refuse_if_started("add a network card to")
+        pci_path = network_pci_path(len(self._networks))
+        self._networks.append(device)
+        return pci_path
+
     def _refuse_if_started(self, request: str) -> None:
         if self._is_started or self._exit is not None:
             state = "running" if self._exit is None else "exited"
@@ -186,6 +196,7 @@ class QemuHypervisor:
             inherited = [monitor_peer.fileno(), console_peer.fileno()]
             if isinstance(vsock, KernelVsock):
                 inherited.append(vsock.vhost_fd)
+            inherited += [fd for network in self._networks for fd in network.tap_fds]
             command = build_command(
                 QemuMachine(
                     machine=self._machine,
@@ -198,6 +209,7 @@ class QemuHypervisor:
                     vsock=vsock,
                     folders=tuple(self._folders),
                     disks=tuple(self._disks),
+                    networks=tuple(self._networks),
                     monitor_fd=monitor_peer.fileno(),
                     console_fd=console_peer.fileno(),
                 )

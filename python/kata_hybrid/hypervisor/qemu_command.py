@@ -14,14 +14,15 @@ from pathlib import Path
 from kata_hybrid.errors import InvalidArgumentError, ResourceExhaustedError
 from kata_hybrid.hypervisor.base import MachineConfig, check_serial
 from kata_hybrid.hypervisor.vsock import KernelVsock, UserVsock
-from kata_hybrid.types import BlockDevice, VhostUserFs
+from kata_hybrid.types import BlockDevice, NetworkDevice, VhostUserFs
 
 MEMORY_ID = "guest-memory"
 _VIRTIO_FS_QUEUE_SIZE = 1024
 _SLOT_RNG = 0x01
 _SLOT_VSOCK = 0x02
 _FOLDER_SLOTS = range(0x03, 0x08)
-_DISK_SLOTS = range(0x08, 0x1F)
+_DISK_SLOTS = range(0x08, 0x17)
+_NETWORK_SLOTS = range(0x17, 0x1F)
 """0x1f is the chipset's ISA bridge."""
 _SECCOMP = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -48,6 +49,7 @@ class QemuMachine:
     vsock: KernelVsock | UserVsock
     folders: tuple[VhostUserFs, ...] = ()
     disks: tuple[BlockDevice, ...] = field(default=())
+    networks: tuple[NetworkDevice, ...] = ()
     monitor_fd: int
     console_fd: int
 
@@ -83,6 +85,15 @@ def disk_pci_path(index: int) -> str:
     return f"{_slot(_DISK_SLOTS, index, what='disk'):02x}"
 
 
+def network_pci_path(index: int) -> str:
+    """Return the PCI path of network card ``index``, as of a disk.
+
+    Raises:
+        ResourceExhaustedError: there is no slot left.
+    """
+    return f"{_slot(_NETWORK_SLOTS, index, what='network card'):02x}"
+
+
 def _slot(slots: range, index: int, *, what: str) -> int:
     if index >= len(slots):
         msg = f"a machine has at most {len(slots)} {what}s"
@@ -115,6 +126,7 @@ def build_command(qemu: QemuMachine) -> tuple[str, ...]:
         *_vsock(qemu.vsock),
         *(word for index, folder in enumerate(qemu.folders) for word in _folder(folder, index)),
         *(word for index, disk in enumerate(qemu.disks) for word in _disk(disk, index)),
+        *(word for index, card in enumerate(qemu.networks) for word in _network(card, index)),
     )
 
 
@@ -245,3 +257,21 @@ def _disk(disk: BlockDevice, index: int) -> tuple[str, ...]:
         addr=f"0x{disk_pci_path(index)}",
     )
     return ("-blockdev", backend, "-device", device)
+
+
+def _network(card: NetworkDevice, index: int) -> tuple[str, ...]:
+    name = f"network{index}"
+    pairs = len(card.tap_fds)
+    fds = {"fd": card.tap_fds[0]} if pairs == 1 else {"fds": ":".join(map(str, card.tap_fds))}
+    device = option(
+        "virtio-net-pci",
+        netdev=name,
+        mac=card.mac,
+        # Two for each pair, one for the configuration, one for control.
+        **({"mq": True, "vectors": 2 * pairs + 2} if pairs > 1 else {}),
+        disable_legacy=True,
+        # No firmware boots from it.
+        romfile="",
+        addr=f"0x{network_pci_path(index)}",
+    )
+    return ("-netdev", option("tap", id=name, **fds), "-device", device)

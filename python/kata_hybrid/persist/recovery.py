@@ -6,8 +6,8 @@ older than the reader, and this must import next to nothing. Nobody is killed on
 pid alone: the process's start time must be the recorded one, checked with a pidfd already held.
 
 The order is: the shim first, since it would react to the death of its helpers; then the helpers;
-then mounts, cgroups and the folder. Each step is safe to repeat, and a failed one does not keep
-the next from being tried.
+then mounts, cgroups, hooks on links and the folder. Each step is safe to repeat, and a failed one
+does not keep the next from being tried.
 """
 
 import errno
@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from kata_hybrid.persist import mounts
+from kata_hybrid.persist import mounts, netns
 
 STATE_FILE = "state.json"
 PID_FILE = "shim.pid"
@@ -49,6 +49,7 @@ def clean_up(run_dir: str, *, unmount: Callable[[str], None] = mounts.unmount) -
         _attempt(unmount, path, problems=problems)
     for path in reversed(_paths(state, "cgroups")):
         _attempt(remove_cgroup, path, problems=problems)
+    problems += _release_links(state.get("links"))
     problems += mounts.unmount_below(run_dir)
     _attempt(_remove_tree, run_dir, problems=problems)
     return problems
@@ -189,6 +190,17 @@ def _paths(state: dict[str, object], key: str) -> list[str]:
     if not isinstance(value, list):
         return []
     return [path for path in value if isinstance(path, str) and path.startswith("/")]
+
+
+def _release_links(record: object) -> list[str]:
+    """Let frames of a pod's links go where they went before the sandbox."""
+    if not isinstance(record, dict):
+        return []
+    path, identity, links = (record.get(key) for key in ("namespace", "identity", "links"))
+    if not (isinstance(path, str) and isinstance(identity, str) and isinstance(links, list)):
+        return []
+    names = [name for name in links if isinstance(name, str)]
+    return netns.remove_hooks(path, expected=identity, links=names)
 
 
 def _open_if_same(victim: Victim) -> int | None:

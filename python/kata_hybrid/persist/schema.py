@@ -10,6 +10,7 @@ Version 1, JSON, one object:
     processes      the same for each process to be killed
     mounts         paths to unmount in the host's mount namespace
     cgroups        absolute cgroup folders to remove
+    links          {namespace, identity, links} of a pod whose links are redirected, or null
 
 The serving shim writes it (``store.py``); ``recovery.py`` reads it without this module, because
 ``delete`` may run years later and must not import more than it needs.
@@ -18,7 +19,7 @@ The serving shim writes it (``store.py``); ``recovery.py`` reads it without this
 import json
 from dataclasses import asdict, dataclass
 
-from kata_hybrid.types import ContainerId, ProcessIdentity, SandboxId
+from kata_hybrid.types import ContainerId, LinkHooks, ProcessIdentity, SandboxId
 
 VERSION = 1
 
@@ -34,6 +35,7 @@ class SandboxRecord:
     processes: tuple[ProcessIdentity, ...] = ()
     mounts: tuple[str, ...] = ()
     cgroups: tuple[str, ...] = ()
+    links: LinkHooks | None = None
 
     def to_json(self) -> bytes:
         """Encode as UTF-8 JSON."""

@@ -13,7 +13,7 @@ from kata_hybrid.aio.process import identify
 from kata_hybrid.errors import InternalError, ResourceExhaustedError
 from kata_hybrid.persist import atomic
 from kata_hybrid.persist.schema import SandboxRecord
-from kata_hybrid.types import ContainerId, ProcessIdentity, SandboxId
+from kata_hybrid.types import ContainerId, LinkHooks, ProcessIdentity, SandboxId
 
 FILE_NAME = "state.json"
 
@@ -38,6 +38,7 @@ class SandboxStore:
         *,
         containers: tuple[ContainerId, ...] | None = None,
         processes: tuple[ProcessIdentity, ...] | None = None,
+        links: LinkHooks | None = None,
     ) -> None:
         """Write the record with some parts replaced.
 
@@ -50,6 +51,8 @@ class SandboxStore:
             record = dataclasses.replace(record, containers=containers)
         if processes is not None:
             record = dataclasses.replace(record, processes=processes)
+        if links is not None:
+            record = dataclasses.replace(record, links=links)
         try:
             atomic.replace(self._path, record.to_json())
         except OSError as exc:

@@ -15,7 +15,11 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from kata_hybrid import __version__
-from kata_hybrid.errors import InvalidArgumentError, UnimplementedError
+from kata_hybrid.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UnimplementedError,
+)
 from kata_hybrid.observability.context import log_context
 from kata_hybrid.protos import runc_options_pb2, task_pb2
 from kata_hybrid.runtimes.base import CreateRequest, Runtime, TaskEvent
@@ -101,15 +105,19 @@ class TaskService:
         if not bundle.is_absolute() or "\0" in request.bundle:
             message = f"bundle must be an absolute path, is {request.bundle!r}"
             raise InvalidArgumentError(message)
-        pid = await self._runtime.create(
-            CreateRequest(
-                container_id=container_id,
-                bundle=bundle,
-                rootfs=convert.mounts(list(request.rootfs)),
-                stdio=_stdio(request),
-                config_path=convert.config_path(request.options),
-            )
+        given = CreateRequest(
+            container_id=container_id,
+            bundle=bundle,
+            rootfs=convert.mounts(list(request.rootfs)),
+            stdio=_stdio(request),
+            config_path=convert.config_path(request.options),
         )
+        try:
+            pid = await self._runtime.create(given)
+        except UnimplementedError as exc:
+            # containerd 2 takes that code for "no such method" and asks again in an older protocol,
+            # of a sandbox that has failed by then (core/runtime/v2/shim.go, Create).
+            raise FailedPreconditionError(str(exc)) from exc
         return task_pb2.CreateTaskResponse(pid=pid)
 
     async def start(self, request: task_pb2.StartRequest) -> task_pb2.StartResponse:

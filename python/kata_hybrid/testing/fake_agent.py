@@ -26,6 +26,7 @@ from kata_hybrid.types import (
     CpuStats,
     ExecId,
     GuestDetails,
+    GuestNetwork,
     GuestStorage,
     JsonObject,
     MemoryStats,
@@ -102,6 +103,7 @@ class FakeAgent:
         """Method name to the error its next call raises."""
         self.processes: dict[_Key, FakeProcess] = {}
         self.paused: set[ContainerId] = set()
+        self.networks: list[GuestNetwork] = []
         self._features = features
         self._gone = asyncio.Event()
         self._ooms: asyncio.Queue[ContainerId] = asyncio.Queue()
@@ -165,6 +167,11 @@ class FakeAgent:
         """Accept."""
         del sandbox_id, hostname, dns, storages
         await self._enter("create_sandbox")
+
+    async def update_network(self, network: GuestNetwork) -> None:
+        """Take a network; see :attr:`networks`."""
+        await self._enter("update_network")
+        self.networks.append(network)
 
     async def guest_details(self) -> GuestDetails:
         """Describe itself."""

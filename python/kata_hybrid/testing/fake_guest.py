@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from kata_hybrid.agent.streams import HostStreams
@@ -11,7 +10,7 @@ from kata_hybrid.resource.volume.bind import BindVolumes
 from kata_hybrid.runtimes.base import CreateRequest
 from kata_hybrid.runtimes.oci.spec import Spec
 from kata_hybrid.runtimes.virt.container import Container
-from kata_hybrid.runtimes.virt.guest import Guest
+from kata_hybrid.runtimes.virt.guest import Guest, Record
 from kata_hybrid.testing.fake_agent import FakeAgent
 from kata_hybrid.types import (
     BlockDevice,
@@ -19,7 +18,6 @@ from kata_hybrid.types import (
     GuestDetails,
     GuestDisk,
     GuestStorage,
-    ProcessIdentity,
     SandboxId,
     Stdio,
 )
@@ -53,7 +51,7 @@ class FakeGuest:
         *,
         hostname: str,
         dns: tuple[str, ...],
-        on_processes: Callable[[tuple[ProcessIdentity, ...]], None],
+        record: Record,
     ) -> None:
         """Be up once the agent answers."""
         await self.agent.create_sandbox(
@@ -64,7 +62,7 @@ class FakeGuest:
         )
         self.details = await self.agent.guest_details()
         self.task_pid = os.getpid()
-        on_processes(())
+        record(processes=())
 
     def lose(self, reason: str) -> None:
         """Go away, as a machine that crashes."""

@@ -10,6 +10,7 @@ from kata_hybrid.types import (
     BlockDevice,
     FolderDevice,
     GuestDisk,
+    NetworkDevice,
     ProcessIdentity,
     VmExit,
 )
@@ -22,6 +23,7 @@ class FakeHypervisor:
         """Describe a machine whose start raises ``failure``, if given."""
         self.folders: list[FolderDevice] = []
         self.disks: list[BlockDevice] = []
+        self.networks: list[NetworkDevice] = []
         self._run_dir = run_dir
         self._failure = failure
         self._console: list[str] = []
@@ -72,6 +74,12 @@ class FakeHypervisor:
         check_serial(disk.id)
         self.disks.append(disk)
         return GuestDisk(driver="fake", source=str(len(self.disks)))
+
+    def add_network(self, device: NetworkDevice) -> str:
+        """Take a network card."""
+        self._refuse_if_started("add a network card to")
+        self.networks.append(device)
+        return ""
 
     def _refuse_if_started(self, request: str) -> None:
         if self._is_started or self._end.done():

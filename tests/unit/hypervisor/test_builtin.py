@@ -33,7 +33,7 @@ from kata_hybrid.hypervisor.builtin import (
     DiskLimit,
     builtin_settings,
 )
-from kata_hybrid.types import BlockDevice, HostFolder, VhostUserFs
+from kata_hybrid.types import BlockDevice, HostFolder, NetworkDevice, VhostUserFs
 from tiny_kernel import End, tiny_kernel
 
 needs_kvm = pytest.mark.skipif(
@@ -94,12 +94,21 @@ async def test_the_agent_finds_disks_by_their_nodes(run_dir: Path) -> None:
     machine = make(run_dir)
     disks = [
         machine.add_disk(BlockDevice(id=f"d{index}", path=run_dir / "x", is_read_only=True))
-        for index in range(12)
+        for index in range(11)
     ]
     assert {disk.driver for disk in disks} == {"mmioblk"}
     assert [disk.source for disk in disks[:2]] == ["/dev/vda", "/dev/vdb"]
-    with pytest.raises(ResourceExhaustedError, match="at most 12 disks"):
+    with pytest.raises(ResourceExhaustedError, match="at most 11 disks"):
         machine.add_disk(BlockDevice(id="d12", path=run_dir / "x", is_read_only=True))
+
+
+@on_loop
+async def test_it_has_room_for_some_network_cards_and_no_pci(run_dir: Path) -> None:
+    machine = make(run_dir)
+    card = NetworkDevice(id="eth0", tap_fds=(20,), mac="02:00:00:00:00:01", mtu=1500)
+    assert [machine.add_network(card) for _ in range(4)] == [""] * 4
+    with pytest.raises(ResourceExhaustedError, match="at most 4 network cards"):
+        machine.add_network(card)
 
 
 @on_loop

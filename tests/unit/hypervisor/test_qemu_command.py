@@ -13,10 +13,11 @@ from kata_hybrid.hypervisor.qemu_command import (
     QemuMachine,
     build_command,
     disk_pci_path,
+    network_pci_path,
     option,
 )
 from kata_hybrid.hypervisor.vsock import KernelVsock, UserVsock
-from kata_hybrid.types import BlockDevice, VhostUserFs
+from kata_hybrid.types import BlockDevice, NetworkDevice, VhostUserFs
 
 MACHINE = QemuMachine(
     machine=MachineConfig(
@@ -162,7 +163,11 @@ def test_every_device_has_a_slot_of_its_own() -> None:
             ),
             disks=tuple(
                 BlockDevice(id=f"d{index}", path=Path(f"/d{index}"), is_read_only=True)
-                for index in range(23)
+                for index in range(15)
+            ),
+            networks=tuple(
+                NetworkDevice(id=f"n{index}", tap_fds=(index + 20,), mac="02::1", mtu=1500)
+                for index in range(8)
             ),
         )
     )
@@ -178,7 +183,31 @@ def test_every_device_has_a_slot_of_its_own() -> None:
 
 def test_too_many_disks_are_refused() -> None:
     with pytest.raises(ResourceExhaustedError):
-        disk_pci_path(23)
+        disk_pci_path(15)
+
+
+def test_too_many_network_cards_are_refused() -> None:
+    with pytest.raises(ResourceExhaustedError, match="at most 8 network cards"):
+        network_pci_path(8)
+
+
+@pytest.mark.parametrize(
+    ("fds", "backend", "queues"),
+    [((20,), "fd=20", []), ((20, 21), "fds=20:21", ["mq=on", "vectors=6"])],
+)
+def test_a_network_card_has_the_taps_descriptors(
+    fds: tuple[int, ...], backend: str, queues: list[str]
+) -> None:
+    card = NetworkDevice(id="eth0", tap_fds=fds, mac="02:00:00:00:00:01", mtu=1450)
+    command = build_command(replace(MACHINE, networks=(card,)))
+    assert values(command, "-netdev") == [f"tap,id=network0,{backend}"]
+    (device,) = [
+        qemu_split(value)
+        for value in values(command, "-device")
+        if value.startswith("virtio-net-pci")
+    ]
+    assert {"netdev=network0", "mac=02:00:00:00:00:01", "romfile=", *queues} <= set(device)
+    assert f"addr=0x{network_pci_path(0)}" in device
 
 
 def test_a_disks_pci_path_is_its_slot() -> None:

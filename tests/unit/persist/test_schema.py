@@ -1,7 +1,7 @@
 import json
 
 from kata_hybrid.persist.schema import SandboxRecord
-from kata_hybrid.types import ContainerId, ProcessIdentity, SandboxId
+from kata_hybrid.types import ContainerId, LinkHooks, ProcessIdentity, SandboxId
 
 SHIM = ProcessIdentity(name="shim", pid=10, start_ticks=20)
 
@@ -17,6 +17,7 @@ def test_the_smallest_record_has_every_key() -> None:
         "processes": [],
         "mounts": [],
         "cgroups": [],
+        "links": None,
     }
 
 
@@ -29,8 +30,14 @@ def test_what_a_sandbox_holds_is_written() -> None:
         processes=(ProcessIdentity(name="qemu", pid=11, start_ticks=21),),
         mounts=("/run/x",),
         cgroups=("/sys/fs/cgroup/x",),
+        links=LinkHooks(namespace="/run/netns/x", identity="4:5", links=("eth0",)),
     )
     written = json.loads(record.to_json())
     assert written["containers"] == ["s", "c1"]
     assert written["processes"] == [{"name": "qemu", "pid": 11, "start_ticks": 21}]
     assert (written["mounts"], written["cgroups"]) == (["/run/x"], ["/sys/fs/cgroup/x"])
+    assert written["links"] == {
+        "namespace": "/run/netns/x",
+        "identity": "4:5",
+        "links": ["eth0"],
+    }

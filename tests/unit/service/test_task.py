@@ -30,6 +30,7 @@ from kata_hybrid.persist.store import SandboxStore
 from kata_hybrid.protos import cgroups_v1_pb2, cgroups_v2_pb2, runc_options_pb2, task_pb2
 from kata_hybrid.protos import containerd_types_pb2 as types_pb2
 from kata_hybrid.runtimes.base import CreateRequest
+from kata_hybrid.runtimes.oci.spec import Spec
 from kata_hybrid.runtimes.virt.sandbox import VirtSandbox
 from kata_hybrid.service.convert import OCI_PROCESS_URL, OCI_RESOURCES_URL
 from kata_hybrid.service.metrics import is_cgroup_v2_host
@@ -115,7 +116,7 @@ class World:
         service = TaskService(self.sandbox, on_shutdown=self._shut_down)
         self.server = Server(dict.fromkeys(SERVICE_NAMES, service.methods()))
 
-    async def _make_guest(self, request: CreateRequest) -> FakeGuest:
+    async def _make_guest(self, request: CreateRequest, _spec: Spec) -> FakeGuest:
         self.requests.append(request)
         return self.guest
 
@@ -537,6 +538,15 @@ async def test_checkpoints_are_not_implemented(tmp_path: Path) -> None:
             await world.call("Checkpoint", task_pb2.CheckpointTaskRequest(id=C1, path="/p"))
         with pytest.raises(UnimplementedError, match="restoring a checkpoint"):
             await world.create("c2", checkpoint="/p")
+
+
+@on_loop
+async def test_a_create_that_asks_for_what_is_missing_is_not_asked_again(tmp_path: Path) -> None:
+    # containerd takes UNIMPLEMENTED for a method that is missing, and tries an older protocol.
+    async with World(tmp_path) as world:
+        world.agent.failures["create_container"] = UnimplementedError("guest hooks")
+        with pytest.raises(FailedPreconditionError, match="guest hooks"):
+            await world.create()
 
 
 @pytest.mark.parametrize("bundle", ["", "relative", "/a\0b"])

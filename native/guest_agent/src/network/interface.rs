@@ -7,7 +7,7 @@ use std::path::Path;
 use futures_util::TryStreamExt;
 use protocols::agent::{Interfaces, UpdateInterfaceRequest};
 use protocols::agent_types::{IPAddress, IPFamily, Interface};
-use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec};
 
@@ -78,10 +78,15 @@ pub(crate) async fn update_interface(
         if prefix.address.is_ipv6() && is_ipv6_disabled() {
             continue;
         }
-        let add = netlink
+        let mut add = netlink
             .handle
             .address()
             .add(index, prefix.address, prefix.length);
+        if prefix.address.is_ipv6() {
+            // The pod had it before: whether it is somebody else's was asked then, and asking again
+            // leaves a container without its address for the first second of its life.
+            add.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        }
         add.replace().execute().await.while_doing("add address")?;
     }
     Ok(wanted)

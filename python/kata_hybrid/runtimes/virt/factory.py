@@ -28,10 +28,12 @@ from kata_hybrid.hypervisor.selection import (
     select_hypervisor,
 )
 from kata_hybrid.hypervisor.vsock_backend import NativeVsockBackendFactory
+from kata_hybrid.resource.network.pod import PodNetwork
 from kata_hybrid.resource.share_fs.base import SharedFolder, ShareFs
 from kata_hybrid.resource.share_fs.inprocess import InProcessShare
 from kata_hybrid.resource.share_fs.virtiofsd import VirtiofsdShare, virtiofsd_settings
 from kata_hybrid.runtimes.base import CreateRequest
+from kata_hybrid.runtimes.oci.spec import Spec
 from kata_hybrid.runtimes.virt.guest import VirtGuest
 from kata_hybrid.types import SandboxId
 
@@ -58,7 +60,7 @@ class VirtGuestFactory:
         self._config_path = config_path
         self._reaper = reaper
 
-    async def __call__(self, request: CreateRequest) -> VirtGuest:
+    async def __call__(self, request: CreateRequest, spec: Spec) -> VirtGuest:
         """Make the guest; nothing of it runs yet.
 
         Raises:
@@ -81,9 +83,9 @@ class VirtGuestFactory:
             run_root=self._run_dir.parent.parent,
             needs_virtiofsd=lambda kvm: needs_virtiofsd(config, kvm),
         )
-        return self._assemble(config, report)
+        return self._assemble(config, report, namespace=_network_namespace(spec))
 
-    def _assemble(self, config: Config, report: HostReport) -> VirtGuest:
+    def _assemble(self, config: Config, report: HostReport, *, namespace: Path | None) -> VirtGuest:
         selection = select_hypervisor(config, report)
         _log.info("hypervisor", extra={"hypervisor": selection.name, "reason": selection.reason})
         shared = self._run_dir / SHARED_FOLDER
@@ -105,6 +107,7 @@ class VirtGuestFactory:
                 vsock_backend=NativeVsockBackendFactory(io, events),
             ),
             share_fs=self._share(config, selection, SharedFolder(host_path=shared)),
+            network=PodNetwork(namespace, model=config.runtime.network_model, reaper=self._reaper),
             agent=AgentClient(io, events, timeout_s=config.agent.request_timeout_s),
             config=config.agent,
             is_seccomp_disabled=config.runtime.disable_guest_seccomp,
@@ -122,3 +125,12 @@ class VirtGuestFactory:
                     settings=virtiofsd_settings(config.qemu, found),
                     reaper=self._reaper,
                 )
+
+
+def _network_namespace(spec: Spec) -> Path | None:
+    """Return the pod's namespace; nothing for one that the container would have had made."""
+    path = spec.namespaces.get("network")
+    if path is None:
+        # It asks for the host's network, which a machine cannot have.
+        _log.warning("no network namespace: the guest has its loopback only")
+    return Path(path) if path else None

@@ -1,4 +1,4 @@
-"""The guest of a sandbox: machine, shared folder and agent, brought up and watched as one.
+"""The guest of a sandbox: machine, shared folder, network and agent, brought up and watched as one.
 
     new ──start──▶ up ──(machine, folder daemon or agent gone, or unhealthy)──▶ lost
      └───────────────────────────────── stop ──────────────────────────────────▶ stopped
@@ -9,6 +9,7 @@ knows every way a guest can go away.
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -19,12 +20,14 @@ from kata_hybrid.aio.supervisor import Supervisor
 from kata_hybrid.config.model import AgentConfig
 from kata_hybrid.errors import KataError, VmExitedError, VmmError
 from kata_hybrid.hypervisor.base import Hypervisor
+from kata_hybrid.resource.network.base import Network
 from kata_hybrid.resource.share_fs.base import SharedFolder, ShareFs
 from kata_hybrid.types import (
     BlockDevice,
     GuestDetails,
     GuestDisk,
     GuestStorage,
+    LinkHooks,
     ProcessIdentity,
     SandboxId,
 )
@@ -37,6 +40,18 @@ HEALTH_INTERVAL_S: Final = 30.0
 _LAST_WORDS_S: Final = 1.0
 """How much later than its effect the cause of a loss may be known."""
 DEFAULT_SHM_BYTES: Final = 64 << 20
+
+
+class Record(Protocol):
+    """Writes down what has to be released if this process dies (``persist/store.py``)."""
+
+    def __call__(
+        self,
+        *,
+        processes: tuple[ProcessIdentity, ...] | None = None,
+        links: LinkHooks | None = None,
+    ) -> None:
+        """Replace what is given."""
 
 
 class Guest(Protocol):
@@ -74,7 +89,7 @@ class Guest(Protocol):
         *,
         hostname: str,
         dns: tuple[str, ...],
-        on_processes: Callable[[tuple[ProcessIdentity, ...]], None],
+        record: Record,
     ) -> None:
         """Bring it up.
 
@@ -101,6 +116,7 @@ class VirtGuest:
         *,
         hypervisor: Hypervisor,
         share_fs: ShareFs,
+        network: Network,
         agent: Agent,
         config: AgentConfig,
         is_seccomp_disabled: bool,
@@ -117,6 +133,9 @@ class VirtGuest:
         self._sandbox_id = sandbox_id
         self._hypervisor = hypervisor
         self._share_fs = share_fs
+        self._network = network
+        self._device_paths: tuple[str, ...] = ()
+        self._record: Record | None = None
         self._config = config
         self._resources = resources
         self._details: GuestDetails | None = None
@@ -147,19 +166,20 @@ class VirtGuest:
         *,
         hostname: str,
         dns: tuple[str, ...],
-        on_processes: Callable[[tuple[ProcessIdentity, ...]], None],
+        record: Record,
     ) -> None:
         """Bring it up."""
         began = time.monotonic()
         try:
             self.can_add_disk = False
+            await self._open_network(record)
             await self._share_fs.start()
             self._hypervisor.add_shared_folder(self._share_fs.device)
             self._watch(self._share_gone, name="shared folder")
             await self._start_machine()
             self.task_pid = self._hypervisor.task_pid
             self._watch(self._machine_gone, name="machine")
-            on_processes((*self._hypervisor.processes, *self._share_fs.processes))
+            record(processes=(*self._hypervisor.processes, *self._share_fs.processes))
             _log.info(
                 "machine started",
                 extra={"hypervisor": self._hypervisor.name, "ms": _since_ms(began)},
@@ -171,6 +191,14 @@ class VirtGuest:
             raise
         self._watch(self._agent_gone, name="agent")
         self._watch(self._unhealthy, name="health")
+
+    async def _open_network(self, record: Record) -> None:
+        self._record = record
+        devices = await self._network.open()
+        self._device_paths = tuple(map(self._hypervisor.add_network, devices))
+        if (hooks := self._network.hooks) is not None:
+            record(links=hooks)
+        await self._network.wire()
 
     async def _start_machine(self) -> None:
         try:
@@ -191,6 +219,8 @@ class VirtGuest:
                 self.agent.forward_log(address=address, port=self._config.log_port),
                 name="agent log",
             )
+        network = await self._network.described(device_paths=self._device_paths)
+        await self.agent.update_network(network)
         folder = self._share_fs.folder
         storages = (
             GuestStorage(
@@ -279,6 +309,7 @@ class VirtGuest:
             self._hypervisor.stop,
             self._hypervisor.cleanup,
             self._share_fs.stop,
+            self._close_network,
             self._supervisor.close,
         )
         for step in steps:
@@ -289,6 +320,13 @@ class VirtGuest:
         self._resources.close()
         if not self._lost.done():
             self._lost.set_result("stopped")
+
+    async def _close_network(self) -> None:
+        hooks = self._network.hooks
+        await self._network.stop()
+        if hooks is not None and self._record is not None:
+            # The links may be another sandbox's by the time that this one is deleted.
+            self._record(links=dataclasses.replace(hooks, links=()))
 
 
 async def _soon(reason: Coroutine[Any, Any, str]) -> str:

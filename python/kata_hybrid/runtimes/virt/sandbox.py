@@ -78,7 +78,7 @@ class SandboxState(Enum):
     CLOSED = "closed"
 
 
-GuestFactory = Callable[[CreateRequest], Awaitable[Guest]]
+GuestFactory = Callable[[CreateRequest, oci_spec.Spec], Awaitable[Guest]]
 
 
 class StreamOpening(Protocol):
@@ -142,7 +142,7 @@ class VirtSandbox:
         async with contextlib.AsyncExitStack() as undo:
             guest = self._guest
             if self._state is SandboxState.EMPTY:
-                guest = await self._guest_factory(request)
+                guest = await self._guest_factory(request, spec)
                 undo.push_async_callback(self.close)
                 undo.push_async_callback(guest.stop)
             elif guest is None or self._state is not SandboxState.READY:
@@ -178,7 +178,7 @@ class VirtSandbox:
         await guest.start(
             hostname=spec.hostname,
             dns=_dns(spec),
-            on_processes=lambda processes: self._store.update(processes=processes),
+            record=self._store.update,
         )
         self._state = SandboxState.READY
         self._supervisor.start(self._watch_guest(guest), name="guest watcher")

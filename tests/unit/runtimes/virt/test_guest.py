@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from harness.loop import on_loop
 from kata_hybrid.config.model import AgentConfig
 from kata_hybrid.errors import (
+    FailedPreconditionError,
     GuestBootTimeoutError,
     InternalError,
     KataError,
@@ -23,7 +25,11 @@ from kata_hybrid.types import (
     BlockDevice,
     FolderDevice,
     GuestDisk,
+    GuestInterface,
+    GuestNetwork,
     GuestStorage,
+    LinkHooks,
+    NetworkDevice,
     ProcessIdentity,
     SandboxId,
     VhostUserFs,
@@ -52,6 +58,10 @@ class Machine:
 
     def add_disk(self, disk: BlockDevice) -> GuestDisk:
         return GuestDisk(driver="blk", source=disk.id)
+
+    def add_network(self, device: NetworkDevice) -> str:
+        self.steps.append(f"add {device.id}")
+        return f"path of {device.id}"
 
     async def start(self) -> None:
         self._step("start machine")
@@ -103,6 +113,41 @@ class Share:
         self.steps.append("stop share")
 
 
+class Cards:
+    """A pod's network that writes down what it is asked; without links it has nothing to say."""
+
+    def __init__(self, steps: list[str]) -> None:
+        self.steps = steps
+        self.devices: tuple[NetworkDevice, ...] = ()
+        self.hooks: LinkHooks | None = None
+        self.failure: KataError | None = None
+
+    async def open(self) -> tuple[NetworkDevice, ...]:
+        if self.devices:
+            self.steps.append("open network")
+        return self.devices
+
+    async def wire(self) -> None:
+        if self.devices:
+            self.steps.append("wire network")
+
+    async def described(self, *, device_paths: tuple[str, ...]) -> GuestNetwork:
+        if self.failure is not None:
+            raise self.failure
+        interfaces = zip(self.devices, device_paths, strict=True)
+        return GuestNetwork(
+            interfaces=tuple(
+                GuestInterface(
+                    name=card.id, mac=card.mac, mtu=card.mtu, addresses=(), device_path=path
+                )
+                for card, path in interfaces
+            )
+        )
+
+    async def stop(self) -> None:
+        self.steps.append("stop network")
+
+
 class AskedAgent(FakeAgent):
     """Remembers how the sandbox was described."""
 
@@ -135,14 +180,17 @@ class World:
         self.steps: list[str] = []
         self.machine = Machine(self.steps)
         self.share = Share(self.steps)
+        self.cards = Cards(self.steps)
         self.agent = AskedAgent(self.steps)
         self.reported: list[Iterable[ProcessIdentity]] = []
+        self.hooks: list[LinkHooks] = []
         resources = contextlib.ExitStack()
         resources.callback(self.steps.append, "close resources")
         self.guest = VirtGuest(
             SandboxId("s"),
             hypervisor=self.machine,
             share_fs=self.share,
+            network=self.cards,
             agent=self.agent,
             config=AgentConfig(),
             is_seccomp_disabled=False,
@@ -151,16 +199,33 @@ class World:
 
     async def start(self) -> None:
         async with asyncio.timeout(10):
-            await self.guest.start(
-                hostname="box", dns=("nameserver 1",), on_processes=self.reported.append
-            )
+            await self.guest.start(hostname="box", dns=("nameserver 1",), record=self._record)
+
+    def _record(
+        self,
+        *,
+        processes: tuple[ProcessIdentity, ...] | None = None,
+        links: LinkHooks | None = None,
+    ) -> None:
+        if processes is not None:
+            self.reported.append(processes)
+        if links is not None:
+            self.steps.append("record links")
+            self.hooks.append(links)
 
     async def lost(self) -> str:
         async with asyncio.timeout(10):
             return await self.guest.lost()
 
 
-STOPPED = ["close agent", "stop machine", "clean up machine", "stop share", "close resources"]
+STOPPED = [
+    "close agent",
+    "stop machine",
+    "clean up machine",
+    "stop share",
+    "stop network",
+    "close resources",
+]
 
 
 @on_loop
@@ -174,6 +239,43 @@ async def test_the_parts_come_up_in_order() -> None:
         "sandbox s box ('nameserver 1',)",
     ]
     await world.guest.stop()
+
+
+CARD = NetworkDevice(id="eth0", tap_fds=(7,), mac="02:00:00:00:00:01", mtu=1450)
+HOOKS = LinkHooks(namespace="/run/netns/x", identity="1:2", links=("eth0",))
+
+
+@on_loop
+async def test_the_network_is_noted_before_it_is_wired_and_set_up_before_the_sandbox() -> None:
+    world = World()
+    world.cards.devices, world.cards.hooks = (CARD,), HOOKS
+    await world.start()
+    assert world.steps == [
+        "open network",
+        "add eth0",
+        "record links",
+        "wire network",
+        "start share",
+        "add tag",
+        "start machine",
+        "sandbox s box ('nameserver 1',)",
+    ]
+    assert world.hooks == [HOOKS]
+    (network,) = world.agent.networks
+    assert [card.device_path for card in network.interfaces] == ["path of eth0"]
+    await world.guest.stop()
+    # Another sandbox may have hooks there by the time that this one's record is read.
+    assert world.hooks[1:] == [replace(HOOKS, links=())]
+
+
+@on_loop
+async def test_a_network_that_is_not_joined_fails_the_start_and_leaves_nothing() -> None:
+    world = World()
+    world.cards.devices = (CARD,)
+    world.cards.failure = FailedPreconditionError("no such link")
+    with pytest.raises(FailedPreconditionError, match="no such link"):
+        await world.start()
+    assert world.steps[-len(STOPPED) :] == STOPPED
 
 
 @on_loop

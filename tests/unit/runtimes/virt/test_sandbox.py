@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from kata_hybrid.errors import (
 )
 from kata_hybrid.persist.store import FILE_NAME, SandboxStore
 from kata_hybrid.runtimes.base import CreateRequest, TaskEvent, TaskExited, TaskOom
+from kata_hybrid.runtimes.oci.spec import Spec
+from kata_hybrid.runtimes.virt.guest import Record
 from kata_hybrid.runtimes.virt.sandbox import VirtSandbox
 from kata_hybrid.testing.fake_agent import FakeAgent, FakeCopies
 from kata_hybrid.testing.fake_guest import FakeGuest, FakeStreams, prepare_nothing
@@ -31,7 +32,6 @@ from kata_hybrid.types import (
     ContainerId,
     ExecId,
     ExitInfo,
-    ProcessIdentity,
     SandboxId,
     Stdio,
     TaskStatus,
@@ -57,10 +57,10 @@ class AskedGuest(FakeGuest):
         *,
         hostname: str,
         dns: tuple[str, ...],
-        on_processes: Callable[[tuple[ProcessIdentity, ...]], None],
+        record: Record,
     ) -> None:
         self.hostname, self.dns = hostname, dns
-        await super().start(hostname=hostname, dns=dns, on_processes=on_processes)
+        await super().start(hostname=hostname, dns=dns, record=record)
 
     async def stop(self) -> None:
         self.stops += 1
@@ -142,7 +142,7 @@ class World:
             preparer=prepare_nothing,
         )
 
-    async def _make_guest(self, _request: CreateRequest) -> AskedGuest:
+    async def _make_guest(self, _request: CreateRequest, _spec: Spec) -> AskedGuest:
         return self.guest
 
     def write_spec(self, spec: dict[str, object]) -> None:

@@ -1,0 +1,1 @@
+"""A pod's network as a resource: its links found, steered to the guest, and given back."""
