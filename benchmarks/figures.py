@@ -102,7 +102,7 @@ PROMISES = (
     Promise(
         name="vmm_boot_tuned",
         unit="ms",
-        limit=0.85,
+        limit=0.9,
         better="lower",
         about="the same / QEMU microvm with a clock chip, without which the kernel waits for one",
     ),

@@ -48,7 +48,7 @@ def test_ratios_at_their_limits_pass(figures: ModuleType, records: list[dict[str
         ("vsock_packet_parse", 1.01),
         ("virtqueue_walk", 1.01),
         ("vmm_boot", 0.61),
-        ("vmm_boot_tuned", 0.86),
+        ("vmm_boot_tuned", 0.91),
         ("vmm_start", 0.61),
         ("vmm_boot_icount", 0.61),
         ("vmm_boot_repeats", 1.011),
