@@ -9,6 +9,7 @@ use rustix::fs::{OFlags, RawDir, RawDirEntry, SeekFrom};
 use rustix::io::Errno;
 
 use super::handle::{Handle, open_directory};
+use super::node::Identity;
 use super::reply::{ENTRY_SIZE, Reply};
 use super::request::Fields;
 use super::share::Share;
@@ -88,7 +89,11 @@ impl Share {
                 // for, is listed without attributes.
                 let found = match name.to_bytes() {
                     b"." | b".." => Err(Errno::INVAL),
-                    _ => self.nodes.find(directory, name),
+                    _ => {
+                        let inode = entry.ino();
+                        let listed = Identity { place, inode };
+                        self.nodes.find_listed(directory, name, listed)
+                    }
                 };
                 match found {
                     Ok(found) => terms.answer(&mut self.nodes, found, place, reply)?,

@@ -144,6 +144,24 @@ impl Nodes {
         self.take(open_path(directory, name)?)
     }
 
+    /// What `name` is in `directory`, by whose listing it is probably `listed`.
+    ///
+    /// # Errors
+    /// As [`Nodes::find`].
+    pub(super) fn find_listed(
+        &self,
+        directory: BorrowedFd<'_>,
+        name: &CStr,
+        listed: Identity,
+    ) -> Result<Found, Errno> {
+        if self.by_identity.contains_key(&listed) {
+            return self.find(directory, name);
+        }
+        // Probably new: to ask what it is first would be a call more for each name of a listing.
+        self.table.check_room()?;
+        self.take(open_path(directory, name)?)
+    }
+
     /// A file of which the caller has an `O_PATH` descriptor.
     ///
     /// # Errors
