@@ -65,17 +65,18 @@ def boot_counted(recorder: Recorder, images: Images) -> None:
     reference: list[float] = []
     ratios = []
     software = _software(images, images.boot_initrd)
-    _counted(lambda: _boot_ours(images, software, timeout_s=_COUNTED_TIMEOUT_S)[0])
+
+    def boot_ours() -> float:
+        return _boot_ours(images, software, timeout_s=_COUNTED_TIMEOUT_S)[0]
+
+    def boot_microvm() -> float:
+        return _boot_microvm(software, has_clock=False, timeout_s=_COUNTED_TIMEOUT_S)
+
+    _counted(boot_ours)
     for _ in range(2):
         for _ in range(COUNTED_ROUNDS):
-            ours.append(
-                _counted(lambda: _boot_ours(images, software, timeout_s=_COUNTED_TIMEOUT_S)[0])
-            )
-            reference.append(
-                _counted(
-                    lambda: _boot_microvm(software, has_clock=False, timeout_s=_COUNTED_TIMEOUT_S)
-                )
-            )
+            ours.append(_counted(boot_ours))
+            reference.append(_counted(boot_microvm))
         ratios.append(
             statistics.median(ours[-COUNTED_ROUNDS:])
             / statistics.median(reference[-COUNTED_ROUNDS:])

@@ -140,8 +140,7 @@ impl Nodes {
             let known = Ok(*id);
             return Ok(Found { stat, known });
         }
-        self.table.check_room()?;
-        self.take(open_path(directory, name)?)
+        self.find_new(directory, name)
     }
 
     /// What `name` is in `directory`, by whose listing it is probably `listed`.
@@ -158,6 +157,11 @@ impl Nodes {
             return self.find(directory, name);
         }
         // Probably new: to ask what it is first would be a call more for each name of a listing.
+        self.find_new(directory, name)
+    }
+
+    /// What `name` is in `directory`, which is held at once.
+    fn find_new(&self, directory: BorrowedFd<'_>, name: &CStr) -> Result<Found, Errno> {
         self.table.check_room()?;
         self.take(open_path(directory, name)?)
     }
