@@ -241,7 +241,7 @@ fuzz_target!(|input: &[u8]| {
             block: &mut disk.block,
             epoll: Arc::new(epoll::create(CreateFlags::CLOEXEC).unwrap()),
             kick: Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap()),
-            interrupt: Arc::new(Interrupt::new(5).unwrap()),
+            interrupt: Arc::new(Interrupt::new(None).unwrap()),
             rooms: None,
             descriptors: 0,
         };

@@ -69,7 +69,7 @@ impl Window {
         let transport = MmioTransport::new(
             device,
             Arc::clone(ram),
-            Arc::new(Interrupt::new(5).expect("an eventfd")),
+            Arc::new(Interrupt::new(None).expect("a page")),
             Watcher::new(Arc::clone(&epoll), SUBSCRIBER),
             Arc::new(Quiet),
         )

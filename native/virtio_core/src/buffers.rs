@@ -271,12 +271,24 @@ impl GuestBuffers {
             len: 0,
             _buffers: self,
         };
-        for (entry, piece) in iovecs.entries.iter_mut().zip(self.pieces(offset, len)) {
-            *entry = libc::iovec {
-                iov_base: piece.base.cast(),
-                iov_len: piece.len,
-            };
-            iovecs.count += 1;
+        for piece in self.pieces(offset, len) {
+            // Drivers describe pages one by one that are often neighbours.
+            let last = iovecs.count.checked_sub(1);
+            match last.and_then(|last| iovecs.entries.get_mut(last)) {
+                Some(last) if last.iov_base.addr() + last.iov_len == piece.base.addr() => {
+                    last.iov_len += piece.len;
+                }
+                _ => {
+                    let Some(entry) = iovecs.entries.get_mut(iovecs.count) else {
+                        break;
+                    };
+                    *entry = libc::iovec {
+                        iov_base: piece.base.cast(),
+                        iov_len: piece.len,
+                    };
+                    iovecs.count += 1;
+                }
+            }
             iovecs.len += piece.len;
         }
         iovecs

@@ -82,7 +82,7 @@ impl Machine {
         let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC).expect("an epoll set"));
         let kick = Arc::new(eventfd(0, EventfdFlags::NONBLOCK).expect("an eventfd"));
         epoll::add(&epoll, &*kick, EventData::new_u64(0), EventFlags::IN).expect("watch the kick");
-        let interrupt = Arc::new(Interrupt::new(5).expect("an interrupt"));
+        let interrupt = Arc::new(Interrupt::new(None).expect("a page"));
         let activation = Activation {
             ram: Arc::clone(&ram),
             features: block.features(),

@@ -154,13 +154,12 @@ impl Board {
         let pages = layout::MMIO_DEVICES_START + self.nodes.len() as u64 * layout::MMIO_DEVICE_SIZE;
         let address = pages + REGISTERS_START as u64;
         let size = layout::MMIO_DEVICE_SIZE - REGISTERS_START as u64;
-        let interrupt = Interrupt::new(gsi).map(Arc::new);
-        let interrupt = interrupt.map_err(system("create an interrupt's eventfd"))?;
-        vm.register_irqfd(&*interrupt, gsi)?;
+        let interrupt = Interrupt::new(Some(vm.irq_line(gsi))).map(Arc::new);
+        let interrupt = interrupt.map_err(system("create a device's registers"))?;
         vm.add_register_page(Arc::clone(interrupt.page()), pages)?;
         // Nobody reads it: that the write does not leave the kernel is all it is for.
         let acknowledged = eventfd(0, EventfdFlags::CLOEXEC);
-        let acknowledged = acknowledged.map_err(system("create an interrupt's eventfd"))?;
+        let acknowledged = acknowledged.map_err(system("create an acknowledgement's eventfd"))?;
         vm.register_ioeventfd(acknowledged, address + INTERRUPT_ACK, ACKNOWLEDGED_USED)?;
         let watcher = Watcher::new(Arc::clone(&self.epoll), subscriber);
         let transport = MmioTransport::new(

@@ -11,7 +11,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{KVM_API_VERSION, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -19,6 +19,7 @@ use thiserror::Error;
 use virtio_core::ram::GuestRam;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::lock::lock;
 use crate::register_page::{PAGE_SIZE, RegisterPage};
 
 /// Tries before a machine that signals keep from being made is given up.
@@ -110,7 +111,7 @@ pub fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
 #[derive(Debug)]
 pub struct MappedVm {
     /// The machine. Fields drop in order: no slot refers to memory that is gone.
-    pub vm: VmFd,
+    pub vm: Arc<VmFd>,
     ram: Arc<GuestRam>,
     register_pages: Vec<Arc<RegisterPage>>,
 }
@@ -137,7 +138,7 @@ impl MappedVm {
                 .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
         }
         Ok(Self {
-            vm,
+            vm: Arc::new(vm),
             ram,
             register_pages: Vec::new(),
         })
@@ -188,6 +189,15 @@ impl MappedVm {
             .map_err(KvmError::call("KVM_IRQFD"))
     }
 
+    /// The line of `gsi`, for a device: to be let go of before the machine is.
+    pub fn irq_line(&self, gsi: u32) -> IrqLine {
+        IrqLine {
+            vm: Arc::clone(&self.vm),
+            gsi,
+            turn: Mutex::new(()),
+        }
+    }
+
     /// Have a guest's 32-bit write of `value` to `address` signal `fd`, an eventfd.
     ///
     /// # Errors
@@ -201,6 +211,29 @@ impl MappedVm {
         self.vm
             .register_ioevent(&event_fd(fd)?, &IoEventAddress::Mmio(address), value)
             .map_err(KvmError::call("KVM_IOEVENTFD"))
+    }
+}
+
+/// A pin of the machine's interrupt controllers, edge triggered.
+///
+/// An irqfd would do the same, but for such a pin the kernel has a worker thread raise it, and a
+/// switch to another thread and back for every interrupt costs more than these two calls.
+#[derive(Debug)]
+pub struct IrqLine {
+    vm: Arc<VmFd>,
+    gsi: u32,
+    /// An edge that another thread has not taken down yet would hide this one.
+    turn: Mutex<()>,
+}
+
+impl IrqLine {
+    /// Interrupt the guest.
+    pub fn pulse(&self) {
+        let _turn = lock(&self.turn);
+        for is_active in [true, false] {
+            // Fails only in another process than the machine's, or without interrupt controllers.
+            let _done = self.vm.set_irq_line(self.gsi, is_active);
+        }
     }
 }
 

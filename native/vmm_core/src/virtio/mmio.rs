@@ -132,7 +132,7 @@ impl MmioTransport {
         &self.name
     }
 
-    /// The interrupt line, to be registered as an irqfd.
+    /// The device's interrupt.
     pub fn interrupt(&self) -> &Arc<Interrupt> {
         &self.interrupt
     }
@@ -159,11 +159,6 @@ impl MmioTransport {
         let mut inner = self.lock();
         if !inner.is_active {
             return;
-        }
-        if let Some(kick) = self.kicks.get(token as usize) {
-            let mut counter = [0; 8];
-            // EAGAIN: cleared already.
-            let _cleared = rustix::io::read(&**kick, &mut counter);
         }
         if let Err(error) = inner.device.handle(token, readiness) {
             self.fail(&mut inner, &error);
@@ -266,8 +261,8 @@ impl MmioTransport {
             .set_config_generation(state.config_generation);
         if let Some(rings) = &state.rings {
             self.activate(&mut inner, Some(rings))?;
-            // The kernel raises an irqfd's line by a worker of its own, perhaps after the interrupt
-            // controllers were saved. One interrupt too many does no harm.
+            // A snapshot may be of a version that had interrupts raised by a worker of the kernel,
+            // perhaps after the controllers were saved. One too many does no harm.
             self.interrupt.signal_used();
         }
         Ok(())
@@ -327,9 +322,12 @@ impl MmioTransport {
         })
     }
 
+    /// By their edges: each write to an eventfd is told once, so that nobody has to read it, which
+    /// would be a system call for every kick.
     fn watch_kicks(&self) -> Result<(), DeviceError> {
+        let interest = epoll::EventFlags::IN | epoll::EventFlags::ET;
         for (token, kick) in (0u32..).zip(&self.kicks) {
-            if let Err(errno) = self.watcher.add(kick, token, epoll::EventFlags::IN) {
+            if let Err(errno) = self.watcher.add(kick, token, interest) {
                 self.unwatch_kicks();
                 return Err(DeviceError::system("watch a queue's bell")(errno));
             }

@@ -147,7 +147,7 @@ impl Bench {
         let transport = MmioTransport::new(
             Box::new(echo),
             Arc::clone(&ram),
-            Arc::new(Interrupt::new(5).unwrap()),
+            Arc::new(Interrupt::new(None).unwrap()),
             Watcher::new(Arc::clone(&epoll), 1),
             Arc::clone(&warnings) as Arc<dyn VmEvents>,
         );

@@ -46,7 +46,7 @@ impl MockTransport {
         };
         Self {
             ram: Arc::clone(ram),
-            interrupt: Arc::new(Interrupt::new(5).expect("an eventfd")),
+            interrupt: Arc::new(Interrupt::new(None).expect("a page")),
             kicks: (0..queue_count).map(kick).collect(),
             epoll,
         }

@@ -107,7 +107,7 @@ mod tests {
     fn a_new_target_interrupts_an_active_driver() {
         let control = BalloonControl::new(0);
         control.set_target(5);
-        let interrupt = Arc::new(Interrupt::new(5).unwrap());
+        let interrupt = Arc::new(Interrupt::new(None).unwrap());
         control.set_interrupt(Some(Arc::clone(&interrupt)));
         control.set_target(6);
         assert_eq!((control.target_pages(), interrupt.status()), (6, 2));

@@ -153,7 +153,7 @@ impl Rig {
         let mut rig = Self {
             driver: MockDriver::new(&ram, RING, QUEUE_SIZE),
             block,
-            interrupt: Arc::new(Interrupt::new(5).unwrap()),
+            interrupt: Arc::new(Interrupt::new(None).unwrap()),
             epoll,
             kick,
             ram,
