@@ -174,14 +174,14 @@ PROMISES = (
         unit="MiB/s",
         limit=1.0,
         better="higher",
-        about="fio in the guest reads a file of a shared folder / QEMU with virtiofsd",
+        about="fio reads a file of a shared folder / QEMU with virtiofsd; counted like that",
     ),
     Promise(
         name="vmm_fs_walk",
         unit="ms",
         limit=1.0,
         better="lower",
-        about="`ls -lR` of a shared tree of 1000 files / QEMU with virtiofsd",
+        about="`ls -lR` of a shared tree of 1000 files / QEMU with virtiofsd; counted too",
     ),
 )
 

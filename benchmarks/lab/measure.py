@@ -4,8 +4,8 @@
 
 Appends a record to RECORDS for each figure (``recording.py``), a "failed" one where it could not be
 measured; the exit status is 1 then. ``run.py`` builds what is needed (``images.py``) and starts
-this. With ``--counted`` only the boot is measured, as ``vmm_boot_icount``: for a lab whose time is
-the count of instructions (``scripts/lab.py --icount``).
+this. Measured only when asked for, since they are for a lab whose time is the count of instructions
+(``scripts/lab.py --icount``): ``vmm_boot_icount``, ``vmm_fs`` and ``vmm_fs_walk``.
 """
 
 import argparse
@@ -25,6 +25,9 @@ from recording import Recorder
 from lab_guest.ext4 import mounted_ext4
 
 
+_COUNTED = frozenset({"vmm_boot_icount", *transfers.BESIDE_Q35})
+
+
 class _Session:
     """What is asked for, and whether all of it went well."""
 
@@ -35,7 +38,10 @@ class _Session:
 
     def is_asked(self, *names: str) -> bool:
         """Whether one of these figures is to be measured."""
-        return self._asked is None or not set(names).isdisjoint(self._asked)
+        asked = self._asked
+        if asked is None:
+            return set(names).isdisjoint(_COUNTED)
+        return not set(names).isdisjoint(asked)
 
     def attempt(self, name: str, measure: Callable[[], None]) -> None:
         """Measure; a failure is recorded and told, and does not stop the others."""
@@ -53,7 +59,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("records", type=Path)
     parser.add_argument("--only", action="append", metavar="FIGURE")
-    parser.add_argument("--counted", action="store_true", help="the boot, in a lab with --icount")
     parser.add_argument("--log", type=Path, default=Path("build/logs/bench-lab.log"))
     options = parser.parse_args()
     recorder = Recorder(path=options.records)
@@ -63,9 +68,8 @@ def main() -> int:
     # A file that a guest knows is a descriptor of its machine's; virtiofsd does this for itself.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if options.counted:
+    if session.is_asked("vmm_boot_icount"):
         session.attempt("vmm_boot_icount", partial(boots.boot_counted, recorder, built))
-        return 0 if session.is_good else 1
     with tempfile.TemporaryDirectory(prefix="kh-") as name:
         run_dir = Path(name)
         if session.is_asked("vmm_boot", "vmm_boot_tuned", "vmm_memory"):
@@ -74,7 +78,7 @@ def main() -> int:
             session.attempt("vmm_start", partial(boots.start, recorder, built))
         if session.is_asked("vmm_restore"):
             session.attempt("vmm_restore", partial(boots.restore, recorder, built, run_dir))
-        if session.is_asked(*transfers.MEASURES):
+        if any(map(session.is_asked, transfers.MEASURES)):
             with mounted_ext4(run_dir) as data:
                 place = transfers.Place(run_dir=run_dir, data=data, log=options.log)
                 _transfer(session, recorder, built, place)
