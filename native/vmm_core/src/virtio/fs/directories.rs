@@ -3,27 +3,22 @@
 //! Positions are the host file system's own cookies, so a listing goes on where it was in another
 //! process too, and a handle keeps nothing but a descriptor.
 
-use std::mem::{MaybeUninit, take};
+use std::mem::take;
 
-use rustix::fs::{OFlags, RawDir, RawDirEntry, SeekFrom};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::handle::{Handle, open_directory};
+use super::listing::{Listed, Listing};
 use super::node::Identity;
-use super::reply::{ENTRY_SIZE, Reply};
+use super::reply::{ENTRY_SIZE, Reply, pair};
 use super::request::Fields;
 use super::share::Share;
 
-/// What the kernel lists at a time.
-pub(super) const LISTING_SIZE: usize = 32 << 10;
-/// A name of 255 bytes fits.
-const LEAST_LISTING_SIZE: usize = 1 << 10;
 /// The largest answer.
 const MAX_ANSWER: usize = 128 << 10;
 /// `struct fuse_dirent` without the name.
 const DIRENT_SIZE: usize = 24;
-/// How much longer an entry with attributes is than one without, about.
-const PLUS_RATIO: usize = 4;
 
 impl Share {
     /// `FUSE_OPENDIR`.
@@ -62,37 +57,30 @@ impl Share {
 
     fn list(
         &mut self,
-        listing: &mut [MaybeUninit<u8>],
+        listing: &mut Listing,
         handle: u64,
         position: u64,
         reply: &mut Reply,
         is_plus: bool,
     ) -> Result<(), Errno> {
-        // No more than the answer holds, or the rest would be listed twice.
-        let ratio = if is_plus { PLUS_RATIO } else { 1 };
-        let len = (reply.room_left() / ratio).clamp(LEAST_LISTING_SIZE, LISTING_SIZE);
-        let listing = listing.get_mut(..len).ok_or(Errno::NOMEM)?;
         let terms = self.entry_terms();
         let (directory, place) = self.handles.directory(handle)?;
-        rustix::fs::seek(directory, SeekFrom::Start(position))?;
-        let mut entries = RawDir::new(directory, listing);
+        listing.go_to(directory, handle, position)?;
         let fixed = DIRENT_SIZE + if is_plus { ENTRY_SIZE } else { 0 };
-        while let Some(entry) = entries.next() {
-            let entry = entry?;
-            let name = entry.file_name();
-            let len = (fixed + name.count_bytes()).next_multiple_of(8);
+        while let Some(entry) = listing.first(directory)? {
+            let len = (fixed + entry.name.count_bytes()).next_multiple_of(8);
             if len > reply.room_left() {
                 break;
             }
             if is_plus {
                 // A name that cannot be looked up, or that the guest may not hold another node
                 // for, is listed without attributes.
-                let found = match name.to_bytes() {
+                let found = match entry.name.to_bytes() {
                     b"." | b".." => Err(Errno::INVAL),
                     _ => {
-                        let inode = entry.ino();
+                        let inode = entry.inode;
                         let listed = Identity { place, inode };
-                        self.nodes.find_listed(directory, name, listed)
+                        self.nodes.find_listed(directory, entry.name, listed)
                     }
                 };
                 match found {
@@ -101,18 +89,18 @@ impl Share {
                 }
             }
             put_entry(&entry, reply);
+            listing.advance();
         }
         Ok(())
     }
 }
 
 /// `struct fuse_dirent`.
-fn put_entry(entry: &RawDirEntry<'_>, reply: &mut Reply) {
-    let name = entry.file_name().to_bytes();
-    reply.u64(entry.ino());
-    reply.u64(entry.next_entry_cookie());
-    reply.u32(u32::try_from(name.len()).unwrap_or(0));
-    reply.u32(entry.file_type().as_raw_mode() >> 12);
+fn put_entry(entry: &Listed<'_>, reply: &mut Reply) {
+    let name = entry.name.to_bytes();
+    let len = u32::try_from(name.len()).unwrap_or(0);
+    let kind = entry.kind.as_raw_mode() >> 12;
+    reply.words([entry.inode, entry.next, pair(len, kind)]);
     reply.bytes(name);
     let padding = name.len().next_multiple_of(8) - name.len();
     reply.bytes([0; 8].get(..padding).unwrap_or_default());

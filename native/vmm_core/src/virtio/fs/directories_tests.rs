@@ -162,6 +162,43 @@ fn a_listing_goes_on_anywhere_and_sees_changes() {
 }
 
 #[test]
+fn listings_of_several_handles_do_not_mix() {
+    let folder = Folder::new();
+    for number in 0..100 {
+        fs::write(folder.join(&format!("{number}")), "").unwrap();
+    }
+    let mut guest = folder.mount();
+    let handles = [open(&mut guest, ROOT_ID), open(&mut guest, ROOT_ID)];
+    let whole = list_all(&mut guest, handles[0], 64 << 10, false);
+    let mut listed: [Vec<Listed>; 2] = Default::default();
+    while listed[1].len() < whole.len() {
+        for (handle, listed) in handles.iter().zip(&mut listed) {
+            let position = listed.last().map_or(0, |last| last.position);
+            listed.extend(list(&mut guest, *handle, position, 128, false).unwrap());
+        }
+    }
+    assert_eq!(
+        listed,
+        [whole, list_all(&mut guest, handles[1], 4096, false)]
+    );
+    // The same piece again, as after a seek, and what is gone meanwhile.
+    let again = list(&mut guest, handles[0], listed[0][3].position, 128, false).unwrap();
+    assert_eq!(again[0], listed[0][4]);
+    let rest = list(&mut guest, handles[0], listed[0][3].position, 4096, false).unwrap();
+    assert_eq!(rest[..], listed[0][4..4 + rest.len()]);
+    let gone = listed[0].last().unwrap();
+    let before = listed[0].get(100).unwrap().position;
+    assert_eq!(
+        list(&mut guest, handles[0], before, 4096, true)
+            .unwrap()
+            .len(),
+        1
+    );
+    fs::remove_file(folder.join(&gone.name)).unwrap();
+    assert_eq!(list(&mut guest, handles[0], before, 4096, true), Ok(vec![]));
+}
+
+#[test]
 fn room_for_no_entry_gives_none() {
     let folder = Folder::new();
     fs::write(folder.join(&"x".repeat(255)), "").unwrap();

@@ -26,6 +26,7 @@ mod directories;
 mod entries;
 mod files;
 mod handle;
+mod listing;
 mod metrics;
 #[cfg(test)]
 mod mock_guest;

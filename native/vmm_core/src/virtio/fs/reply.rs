@@ -120,53 +120,57 @@ impl Reply {
 
     /// A 64-bit field.
     pub(super) fn u64(&mut self, value: u64) {
-        self.bytes(&value.to_le_bytes());
+        self.words([value]);
+    }
+
+    /// Fields that make up so many words of 64 bits; [`pair`] has two of 32.
+    pub(super) fn words<const N: usize>(&mut self, words: [u64; N]) {
+        self.bytes(words.map(u64::to_le_bytes).as_flattened());
     }
 
     /// `struct fuse_attr_out`.
     pub(super) fn attributes(&mut self, stat: &Statx, timeout: Duration) {
-        self.u64(timeout.as_secs());
-        self.u32(timeout.subsec_nanos());
-        self.u32(0);
-        self.attr(stat, 0);
+        self.words([timeout.as_secs(), pair(timeout.subsec_nanos(), 0)]);
+        self.words(attr(stat, 0));
     }
 
     /// `struct fuse_entry_out`.
     pub(super) fn entry(&mut self, node: u64, stat: &Statx, timeout: Duration, attr_flags: u32) {
-        self.u64(node);
-        // The generation: ids are never used again.
-        self.u64(0);
-        self.u64(timeout.as_secs());
-        self.u64(timeout.as_secs());
-        self.u32(timeout.subsec_nanos());
-        self.u32(timeout.subsec_nanos());
-        self.attr(stat, attr_flags);
+        let (seconds, nanoseconds) = (timeout.as_secs(), timeout.subsec_nanos());
+        // The generation is 0: ids are never used again.
+        let times = pair(nanoseconds, nanoseconds);
+        self.words([node, 0, seconds, seconds, times]);
+        self.words(attr(stat, attr_flags));
     }
 
     /// A `struct fuse_entry_out` that says nothing.
     pub(super) fn no_entry(&mut self) {
         self.bytes(&[0; ENTRY_SIZE]);
     }
+}
 
-    fn attr(&mut self, stat: &Statx, flags: u32) {
-        self.u64(stat.stx_ino);
-        self.u64(stat.stx_size);
-        self.u64(stat.stx_blocks);
-        let times = [stat.stx_atime, stat.stx_mtime, stat.stx_ctime];
-        for time in times {
-            self.u64(time.tv_sec.cast_unsigned());
-        }
-        for time in times {
-            self.u32(time.tv_nsec);
-        }
-        self.u32(u32::from(stat.stx_mode));
-        self.u32(stat.stx_nlink);
-        self.u32(stat.stx_uid);
-        self.u32(stat.stx_gid);
-        self.u32(encode_device(stat.stx_rdev_major, stat.stx_rdev_minor));
-        self.u32(stat.stx_blksize);
-        self.u32(flags);
-    }
+/// Two fields of 32 bits in a word.
+pub(super) fn pair(first: u32, second: u32) -> u64 {
+    u64::from(first) | u64::from(second) << 32
+}
+
+/// `struct fuse_attr`.
+fn attr(stat: &Statx, flags: u32) -> [u64; ATTR_SIZE / 8] {
+    let device = encode_device(stat.stx_rdev_major, stat.stx_rdev_minor);
+    let (atime, mtime, ctime) = (&stat.stx_atime, &stat.stx_mtime, &stat.stx_ctime);
+    [
+        stat.stx_ino,
+        stat.stx_size,
+        stat.stx_blocks,
+        atime.tv_sec.cast_unsigned(),
+        mtime.tv_sec.cast_unsigned(),
+        ctime.tv_sec.cast_unsigned(),
+        pair(atime.tv_nsec, mtime.tv_nsec),
+        pair(ctime.tv_nsec, u32::from(stat.stx_mode)),
+        pair(stat.stx_nlink, stat.stx_uid),
+        pair(stat.stx_gid, device),
+        pair(stat.stx_blksize, flags),
+    ]
 }
 
 /// A device number as the kernel's `new_encode_dev` does it.

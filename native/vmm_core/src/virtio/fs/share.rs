@@ -8,7 +8,6 @@
 //! The operations are in the files next to this: `entries` (names), `attributes`, `files`,
 //! `directories`, `xattrs`.
 
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -18,6 +17,7 @@ use virtio_core::chain::Chain;
 
 use super::config::{FsConfig, FsError};
 use super::handle::Handles;
+use super::listing::Listing;
 use super::metrics::Metrics;
 use super::node::{Identity, Node, Nodes, attributes_of, kind_of};
 use super::protocol::opcode;
@@ -50,8 +50,8 @@ pub(super) struct Share {
     pub(super) nodes: Nodes,
     pub(super) handles: Handles,
     pub(super) metrics: Metrics,
-    /// Where the kernel lists directories.
-    pub(super) listing: Box<[MaybeUninit<u8>]>,
+    /// Of the directory that was listed last.
+    pub(super) listing: Listing,
 }
 
 impl Share {
@@ -69,7 +69,7 @@ impl Share {
             nodes: Nodes::new(root, node_limit),
             handles: Handles(Table::new(handle_limit)),
             metrics: Metrics::default(),
-            listing: Box::new_uninit_slice(super::directories::LISTING_SIZE),
+            listing: Listing::new(),
             config,
         })
     }
