@@ -1,4 +1,4 @@
-"""Writes an OCI archive with one busybox layer, the same bytes every time.
+"""Writes an OCI archive of one busybox layer under two names, the same bytes every time.
 
 Run by ``scripts/setup.py``; ``ctr image import`` takes the result. No registry is asked: the
 static busybox of Debian's ``busybox-static`` is the whole root file system.
@@ -14,6 +14,9 @@ import tarfile
 from pathlib import Path
 
 IMAGE_NAME = "localhost/kata-hybrid/busybox:1"
+PAUSE_NAME = "localhost/kata-hybrid/pause:1"
+"""What a pod's first container is made of: it does nothing, for as long as the pod lives."""
+_COMMANDS = {IMAGE_NAME: ["/bin/sh"], PAUSE_NAME: ["/bin/sleep", "2147483647"]}
 _EPOCH = "1970-01-01T00:00:00Z"
 _DIRECTORIES = ("bin", "dev", "etc", "home", "proc", "root", "run", "sys", "tmp", "usr", "var")
 _FILES = {
@@ -58,7 +61,7 @@ def build_layer(busybox: Path) -> bytes:
 
 
 def build_archive(busybox: Path, *, architecture: str = "amd64") -> bytes:
-    """Return the OCI archive."""
+    """Return the OCI archive, of the same layer under both names."""
     layer = build_layer(busybox)
     packed = gzip.compress(layer, mtime=0)
     blobs: dict[str, bytes] = {}
@@ -68,32 +71,35 @@ def build_archive(busybox: Path, *, architecture: str = "amd64") -> bytes:
         blobs[f"blobs/sha256/{digest}"] = data
         return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
 
-    config = {
-        "architecture": architecture,
-        "os": "linux",
-        "created": _EPOCH,
-        "config": {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"], "WorkingDir": "/"},
-        "rootfs": {
-            "type": "layers",
-            "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"],
-        },
-        "history": [{"created": _EPOCH, "created_by": "scripts/busybox_image.py"}],
-    }
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": store(_json(config), "application/vnd.oci.image.config.v1+json"),
-        "layers": [store(packed, "application/vnd.oci.image.layer.v1.tar+gzip")],
-    }
-    described = store(_json(manifest), "application/vnd.oci.image.manifest.v1+json")
-    described["platform"] = {"architecture": architecture, "os": "linux"}
-    described["annotations"] = {
-        "io.containerd.image.name": IMAGE_NAME,
-        "org.opencontainers.image.ref.name": IMAGE_NAME.rpartition(":")[2],
-    }
+    described = []
+    for name, command in _COMMANDS.items():
+        config = {
+            "architecture": architecture,
+            "os": "linux",
+            "created": _EPOCH,
+            "config": {"Env": ["PATH=/bin"], "Cmd": command, "WorkingDir": "/"},
+            "rootfs": {
+                "type": "layers",
+                "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"],
+            },
+            "history": [{"created": _EPOCH, "created_by": "scripts/busybox_image.py"}],
+        }
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": store(_json(config), "application/vnd.oci.image.config.v1+json"),
+            "layers": [store(packed, "application/vnd.oci.image.layer.v1.tar+gzip")],
+        }
+        stored = store(_json(manifest), "application/vnd.oci.image.manifest.v1+json")
+        stored["platform"] = {"architecture": architecture, "os": "linux"}
+        stored["annotations"] = {
+            "io.containerd.image.name": name,
+            "org.opencontainers.image.ref.name": name.rpartition(":")[2],
+        }
+        described.append(stored)
     files = {
         "oci-layout": _json({"imageLayoutVersion": "1.0.0"}),
-        "index.json": _json({"schemaVersion": 2, "manifests": [described]}),
+        "index.json": _json({"schemaVersion": 2, "manifests": described}),
         **dict(sorted(blobs.items())),
     }
     buffer = io.BytesIO()

@@ -1,7 +1,8 @@
-"""Builds containerd 2.x, ``ctr`` and the runc shim from the Go module proxy, into ``build/``.
+"""Builds containerd 2.x with its ``ctr`` and runc shim, and ``crictl``, from the Go module proxy.
 
-Checksums come with the module: ``go.sum`` and Go's checksum database. Without a Go compiler that is
-new enough, Debian's Go fetches the one that is needed, as a module too. Standard library only.
+They go into ``build/``. Checksums come with the modules: ``go.sum`` and Go's checksum database.
+Without a Go compiler that is new enough, Debian's Go fetches the one that is needed, as a module
+too. Standard library only.
 """
 
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import stat
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from setup_steps import BUILD, SetupError, run, say
@@ -19,7 +21,10 @@ PROGRAMS = ("containerd", "ctr", "containerd-shim-runc-v2")
 _GO_MINIMUM = (1, 26, 6)  # the go line of containerd's go.mod
 _GO_FETCHED = "1.26.8"
 _MODULE = "github.com/containerd/containerd/v2"
-_TAGS = "no_aufs no_btrfs no_cri no_devmapper no_zfs"  # plugins that no test uses
+_TAGS = "no_aufs no_btrfs no_devmapper no_zfs"  # plugins that no test uses
+CRICTL_VERSION = "v1.34.0"
+CRICTL = BUILD / "cri-tools" / "bin" / "crictl"
+_CRI_TOOLS = "sigs.k8s.io/cri-tools"
 _CACHE = BUILD / "go"
 
 
@@ -29,25 +34,48 @@ def build_containerd() -> None:
     Raises:
         SetupError: there is no Go and no way to get it, or the build failed.
     """
+    version = f"-X {_MODULE}/version.Version={CONTAINERD_VERSION}"
+    _build(
+        f"{_MODULE}@{CONTAINERD_VERSION}",
+        [f"./cmd/{program}" for program in PROGRAMS],
+        target=CONTAINERD_2_BIN,
+        arguments=["-tags", _TAGS],
+        flags=version,
+        log="containerd-2",
+    )
+
+
+def build_crictl() -> None:
+    """Build the command that speaks to a containerd as the kubelet does.
+
+    Raises:
+        SetupError: there is no Go and no way to get it, or the build failed.
+    """
+    version = f"-X {_CRI_TOOLS}/pkg/version.Version={CRICTL_VERSION}"
+    module = f"{_CRI_TOOLS}@{CRICTL_VERSION}"
+    _build(module, ["./cmd/crictl"], target=CRICTL.parent, flags=version, log="crictl")
+
+
+def _build(
+    module: str,
+    packages: list[str],
+    *,
+    target: Path,
+    flags: str,
+    log: str,
+    arguments: Sequence[str] = (),
+) -> None:
     go = _find_go() or _fetch_go()
     environment = _environment()
-    run(
-        [go, "mod", "download", f"{_MODULE}@{CONTAINERD_VERSION}"],
-        log="go-download",
-        cwd=_CACHE,
-        environment=environment,
-    )
-    source = Path(environment["GOMODCACHE"]) / f"{_MODULE}@{CONTAINERD_VERSION}"
-    CONTAINERD_2_BIN.mkdir(parents=True, exist_ok=True)
-    version = f"-X {_MODULE}/version.Version={CONTAINERD_VERSION}"
+    run([go, "mod", "download", module], log=f"{log}-go", cwd=_CACHE, environment=environment)
+    target.mkdir(parents=True, exist_ok=True)
     run(
         [
-            *(go, "build", "-trimpath", "-tags", _TAGS, "-ldflags", f"-s -w {version}"),
-            *("-o", f"{CONTAINERD_2_BIN}/"),
-            *(f"./cmd/{program}" for program in PROGRAMS),
+            *(go, "build", "-trimpath", *arguments, "-ldflags", f"-s -w {flags}"),
+            *("-o", f"{target}/", *packages),
         ],
-        log="containerd-2",
-        cwd=source,
+        log=log,
+        cwd=Path(environment["GOMODCACHE"]) / module,
         environment=environment,
     )
     # A gigabyte of modules and objects that nothing needs any more.

@@ -65,6 +65,11 @@ REQUIREMENTS = (
         probe="strings",
         reason="virtme-ng reads the version of the lab's kernel",
     ),
+    Requirement(
+        package="containernetworking-plugins",
+        probe="/usr/lib/cni/bridge",
+        reason="networks of the tests' pods",
+    ),
     Requirement(package="fio", probe="fio", reason="checks and measures disks in the lab"),
     Requirement(package="iperf3", probe="iperf3", reason="checks and measures networks in the lab"),
     Requirement(package="stress-ng", probe="stress-ng", reason="load for tests in the lab"),

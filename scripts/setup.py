@@ -16,7 +16,15 @@ from pathlib import Path
 
 import busybox_image
 import lab_kernel
-from go_build import CONTAINERD_2_BIN, CONTAINERD_VERSION, PROGRAMS, build_containerd
+from go_build import (
+    CONTAINERD_2_BIN,
+    CONTAINERD_VERSION,
+    CRICTL,
+    CRICTL_VERSION,
+    PROGRAMS,
+    build_containerd,
+    build_crictl,
+)
 from host_packages import CONTAINERD_1_BIN, RUNC, install_packages, unpack_containerd
 from setup_steps import BUILD, ROOT, SetupError, Step, run, run_steps
 
@@ -185,8 +193,15 @@ def steps() -> list[Step]:
             name="containerd-2",
             title=f"containerd {CONTAINERD_VERSION.removeprefix('v')} (from its Go module)",
             run=build_containerd,
-            salt=CONTAINERD_VERSION,
+            salt=f"{CONTAINERD_VERSION} with CRI",
             outputs=tuple(CONTAINERD_2_BIN / program for program in PROGRAMS),
+        ),
+        Step(
+            name="crictl",
+            title=f"crictl {CRICTL_VERSION.removeprefix('v')} (from its Go module)",
+            run=build_crictl,
+            salt=CRICTL_VERSION,
+            outputs=(CRICTL,),
         ),
         Step(
             name="lab-kernel",

@@ -24,7 +24,6 @@ from recording import Recorder
 
 from lab_guest.ext4 import mounted_ext4
 
-
 _COUNTED = frozenset({"vmm_boot_icount", *transfers.BESIDE_Q35})
 
 

@@ -52,18 +52,51 @@ disabled_plugins = [{disabled}]
   fs_type = "ext4"
   recreate_scratch = false
 """
+# Pods: the handler that is tested is the default one. The images are in the store already.
+_CRI_V2 = """\
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause_image}"
+  stream_server_address = "127.0.0.1"
+  disable_apparmor = true
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "tested"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.tested]
+    runtime_type = "{runtime}"
+    privileged_without_host_devices = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{home}/cni"
+"""
+_CRI_V4 = """\
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{pause_image}"
+[plugins."io.containerd.cri.v1.runtime"]
+  disable_apparmor = true
+  [plugins."io.containerd.cri.v1.runtime".containerd]
+    default_runtime_name = "tested"
+  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.tested]
+    runtime_type = "{runtime}"
+    privileged_without_host_devices = true
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["/usr/lib/cni"]
+    conf_dir = "{home}/cni"
+[plugins."io.containerd.grpc.v1.cri"]
+  stream_server_address = "127.0.0.1"
+"""
 # What each container's disk is a copy of: an empty file system, larger than the test image.
 _SCRATCH_MIB = 32
 
 # Not needed by a shim's tests, and each would reach outside the private directory.
 _DISABLED = {
-    1: ("io.containerd.grpc.v1.cri", "io.containerd.internal.v1.restart"),
+    1: ("io.containerd.internal.v1.restart",),
+    2: ("io.containerd.monitor.container.v1.restart", "io.containerd.nri.v1.nri"),
+}
+_DISABLED_WITHOUT_CRI = {
+    1: ("io.containerd.grpc.v1.cri",),
     2: (
         "io.containerd.cri.v1.images",
         "io.containerd.cri.v1.runtime",
         "io.containerd.grpc.v1.cri",
-        "io.containerd.monitor.container.v1.restart",
-        "io.containerd.nri.v1.nri",
     ),
 }
 _SNAPSHOTTERS = ("aufs", "btrfs", "devmapper", "erofs", "zfs")
@@ -126,6 +159,16 @@ class Output:
         return "".join(line for line in lines if "DEPRECATION" not in line)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriSettings:
+    """What containerd's Kubernetes part needs."""
+
+    runtime: str
+    pause_image: str
+    network: Path
+    """The network namespace that stands for the node's: bridges are made in it."""
+
+
 class Containerd:
     """A containerd of our own, started, restarted and stopped at will."""
 
@@ -137,8 +180,10 @@ class Containerd:
         namespace: str,
         shim_dir: Path | None = None,
         environment: dict[str, str] | None = None,
+        cri: CriSettings | None = None,
     ) -> None:
         self.install = install
+        self._cri = cri
         self.home = home
         self.namespace = namespace
         self.shim_dir = shim_dir
@@ -212,7 +257,10 @@ class Containerd:
             ready.settimeout(timeout_s)
             log = stack.enter_context(self.log.open("ab"))
             self._process = subprocess.Popen(
-                [os.fspath(self.install.bin_dir / "containerd"), "--config", os.fspath(config)],
+                [
+                    *self.on_node(os.fspath(self.install.bin_dir / "containerd")),
+                    *("--config", os.fspath(config)),
+                ],
                 env={**self.environment, "NOTIFY_SOCKET": os.fspath(notify)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -228,6 +276,12 @@ class Containerd:
                 self.kill()
                 msg = f"containerd (exit status {state}) was not ready in {timeout_s:g} s:\n"
                 raise DaemonError(msg + self.log_tail()) from exc
+
+    def on_node(self, *command: str) -> list[str]:
+        """Return a command that runs in the network namespace of the daemon."""
+        if self._cri is None:
+            return [*command]
+        return ["nsenter", f"--net={self._cri.network}", "--", *command]
 
     def stop(self, *, timeout_s: float = 15.0) -> None:
         """End the daemon in order; running containers and their shims stay."""
@@ -334,12 +388,20 @@ class Containerd:
     def _config(self) -> str:
         disabled = [
             *_DISABLED[self.install.major],
+            *(_DISABLED_WITHOUT_CRI[self.install.major] if self._cri is None else ()),
             *(f"io.containerd.snapshotter.v1.{name}" for name in _SNAPSHOTTERS),
         ]
-        template = _CONFIG_V2 if self.install.major == 1 else _CONFIG_V4
-        return template.format(
+        is_old = self.install.major == 1
+        text = (_CONFIG_V2 if is_old else _CONFIG_V4).format(
             home=self.home, disabled=", ".join(f'"{plugin}"' for plugin in disabled)
         )
+        if self._cri is not None:
+            text += (_CRI_V2 if is_old else _CRI_V4).format(
+                home=self.home,
+                runtime=self._cri.runtime,
+                pause_image=self._cri.pause_image,
+            )
+        return text
 
     def _unmount_below_home(self) -> None:
         points = [

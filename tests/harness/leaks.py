@@ -14,6 +14,8 @@ from harness.daemon import Containerd
 from harness.deadline import DeadlineError, wait_until
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_NAMESPACES = Path("/run/netns")
+"""Where containerd keeps those of pods, named ``cni-``."""
 _HOST_CACHE = "host.json"
 """What the shim found out about the host; it belongs to no sandbox and is meant to stay."""
 
@@ -26,6 +28,7 @@ class Census:
     mounts: frozenset[str]
     files: frozenset[str]
     cgroups: frozenset[str]
+    namespaces: frozenset[str]
 
     def since(self, before: "Census") -> "Census":
         """Return what was not there before."""
@@ -68,6 +71,7 @@ def take_census(containerd: Containerd) -> Census:
         mounts=frozenset(point for point in mount_points() if point.startswith(home + "/")),
         files=frozenset(_files(containerd)),
         cgroups=frozenset(_cgroups(containerd.namespace)),
+        namespaces=frozenset(path.name for path in _NAMESPACES.glob("cni-*")),
     )
 
 

@@ -1,0 +1,201 @@
+"""Pods as the kubelet runs them: ``crictl`` on a containerd whose node has a network of its own.
+
+The node is a network namespace (``pods.Node`` without its pods): the CNI plugins make their bridge
+in it, containerd and ``crictl`` run in it. Nothing of the host's network is touched.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.daemon import Containerd, DaemonError, Output
+from harness.deadline import wait_until
+
+SUBNET = "10.123.0.0/24"
+GATEWAY = "10.123.0.1"
+SUBNET6 = "fd12:3456::/64"
+_BOOT_TIMEOUT_S = 90.0
+_TIMEOUT_S = 60.0
+
+PodConfig = dict[str, Any]
+
+
+def write_network(home: Path) -> None:
+    """Describe the pods' network below the daemon's folder: a bridge, IPv4 and IPv6."""
+    ipam = {
+        "type": "host-local",
+        "dataDir": os.fspath(home / "ipam"),
+        "ranges": [[{"subnet": SUBNET}], [{"subnet": SUBNET6}]],
+        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+    }
+    bridge = {
+        "type": "bridge",
+        "bridge": "pods",
+        "isGateway": True,
+        "hairpinMode": True,
+        "ipam": ipam,
+    }
+    network = {"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge]}
+    folder = home / "cni"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "10-pods.conflist").write_text(json.dumps(network))
+
+
+class Pod:
+    """A pod that runs."""
+
+    def __init__(self, cri: "Cri", config: PodConfig, pod_id: str) -> None:
+        self.id = pod_id
+        self._cri = cri
+        self._config = config
+        self._numbers = itertools.count(1)
+
+    def create(self, *command: str, name: str = "", **fields: Any) -> str:
+        """Create a container and return its id; ``fields`` go into its configuration."""
+        name = name or f"c{next(self._numbers)}"
+        config = {
+            "metadata": {"name": name},
+            "image": {"image": self._cri.image},
+            "command": list(command),
+            "log_path": f"{name}.log",
+            "linux": {},
+            **fields,
+        }
+        files = [
+            self._cri.write(f"{self.id[:12]}-{what}.json", text)
+            for what, text in (("container", config), ("pod", self._config))
+        ]
+        return self._cri.run("create", self.id, *files).text.split()[-1]
+
+    def start(self, *command: str, name: str = "", **fields: Any) -> str:
+        """Create a container, start it and return its id."""
+        container_id = self.create(*command, name=name, **fields)
+        self._cri.run("start", container_id)
+        return container_id
+
+    def status(self) -> dict[str, Any]:
+        """What the CRI says of it."""
+        status: dict[str, Any] = json.loads(self._cri.run("inspectp", self.id).text)
+        return status
+
+    @property
+    def addresses(self) -> list[str]:
+        """Its addresses, IPv4 first."""
+        network = self.status()["status"]["network"]
+        return [network["ip"], *(each["ip"] for each in network.get("additionalIps", ()))]
+
+    def is_ready(self) -> bool:
+        """Whether its sandbox runs."""
+        return bool(self.status()["status"]["state"] == "SANDBOX_READY")
+
+
+class Cri:
+    """A containerd's Kubernetes part, by way of ``crictl``."""
+
+    def __init__(self, containerd: Containerd, *, crictl: Path, image: str) -> None:
+        self.containerd = containerd
+        self.image = image
+        self._crictl = crictl
+        self._files = containerd.home / "crictl"
+        self._files.mkdir(exist_ok=True)
+        endpoint = f"unix://{containerd.address}"
+        settings = {
+            "runtime-endpoint": endpoint,
+            "image-endpoint": endpoint,
+            "timeout": int(_BOOT_TIMEOUT_S),
+        }
+        # Any YAML reader reads JSON.
+        self._settings = self.write("crictl.yaml", settings)
+
+    def write(self, name: str, content: object) -> str:
+        """Write a file for ``crictl`` and return its path."""
+        path = self._files / name
+        path.write_text(json.dumps(content))
+        return os.fspath(path)
+
+    def argv(self, *arguments: str) -> list[str]:
+        """Return the whole command line."""
+        return self.containerd.on_node(
+            os.fspath(self._crictl), "--config", self._settings, *arguments
+        )
+
+    def attempt(self, *arguments: str, stdin: bytes = b"") -> Output:
+        """Run ``crictl`` and return what came of it, whatever its exit status."""
+        done = subprocess.run(
+            self.argv(*arguments),
+            env=self.containerd.environment,
+            input=stdin,
+            capture_output=True,
+            timeout=_BOOT_TIMEOUT_S + _TIMEOUT_S,
+            check=False,
+        )
+        return Output(status=done.returncode, stdout=done.stdout, stderr=done.stderr)
+
+    @contextlib.contextmanager
+    def attached(self, container_id: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Attach to a container; ``stdin`` and ``stdout`` are pipes to it."""
+        with subprocess.Popen(
+            self.argv("attach", "--stdin", container_id),
+            env=self.containerd.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def restart(self) -> None:
+        """Stop containerd and start it again, until its Kubernetes part answers."""
+        self.containerd.restart()
+        wait_until(lambda: self.attempt("version").status == 0, what="CRI", timeout_s=_TIMEOUT_S)
+
+    def run(self, *arguments: str, stdin: bytes = b"") -> Output:
+        """Run ``crictl``, which has to succeed.
+
+        Raises:
+            DaemonError: it ended with another status than 0.
+        """
+        output = self.attempt(*arguments, stdin=stdin)
+        if output.status != 0:
+            command = " ".join(arguments)
+            message = f"crictl {command}: exit status {output.status}: {output.error}{output.text}"
+            raise DaemonError(f"{message}\n{self.containerd.log_tail()}")
+        return output
+
+    @contextlib.contextmanager
+    def pod(self, **fields: Any) -> Iterator[Pod]:
+        """Run a pod and remove it in the end; ``fields`` go into its configuration."""
+        name = f"pod-{secrets.token_hex(3)}"
+        config = {
+            "metadata": {"name": name, "namespace": "default", "uid": name, "attempt": 0},
+            "hostname": name,
+            "log_directory": os.fspath(self.containerd.home / "logs" / name),
+            "linux": {},
+            **fields,
+        }
+        made = self.run("runp", self.write(f"{name}.json", config)).text.split()[-1]
+        try:
+            yield Pod(self, config, made)
+        finally:
+            self.attempt("rmp", "--force", made)
+
+    def exec(self, container_id: str, *command: str) -> str:
+        """Run a command in a container and return its output, without the last newline."""
+        return self.run("exec", "--sync", container_id, *command).text
+
+    def state(self, container_id: str) -> str:
+        """Return a container's state, in CRI's words."""
+        status = json.loads(self.run("inspect", container_id).text)["status"]
+        return str(status["state"])
+
+    def exit_status(self, container_id: str) -> tuple[int, str]:
+        """Return the exit status of a container, and the reason that CRI gives."""
+        status = json.loads(self.run("inspect", container_id).text)["status"]
+        return int(status["exitCode"]), str(status["reason"])

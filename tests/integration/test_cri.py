@@ -1,0 +1,220 @@
+"""Pods by way of containerd's Kubernetes part, each a machine: what a kubelet relies on."""
+
+import os
+import secrets
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from busybox_image import IMAGE_NAME, PAUSE_NAME
+from go_build import CRICTL
+from harness.containers import KATA_RUNTIME
+from harness.cri import GATEWAY, Cri, write_network
+from harness.daemon import Containerd, ContainerdInstall, CriSettings
+from harness.deadline import wait_until
+from harness.leaks import find_processes
+
+BUILD = Path(__file__).resolve().parents[2] / "build"
+_FOREVER = ("sleep", "100000")
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Path]:
+    """The network namespace that stands for the node's."""
+    name = f"kh-{secrets.token_hex(3)}"
+    subprocess.run(["ip", "netns", "add", name], check=True, timeout=10)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True, timeout=10)
+        yield Path("/run/netns") / name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True, timeout=10)
+
+
+@pytest.fixture(scope="module")
+def containerd(
+    install: ContainerdInstall,
+    shim_dir: Path | None,
+    configuration: Path,
+    runtime: str,
+    node: Path,
+) -> Iterator[Containerd]:
+    """A daemon with its Kubernetes part, instead of the session's without."""
+    if os.geteuid() != 0:
+        pytest.skip("containerd needs root")
+    missing = install.missing() or ("" if CRICTL.exists() else os.fspath(CRICTL))
+    if missing:
+        pytest.skip(f"no {missing}: run make setup")
+    home = Path(tempfile.mkdtemp(prefix="kh", dir="/tmp"))
+    daemon = Containerd(
+        install,
+        home=home,
+        namespace="k8s.io",
+        shim_dir=shim_dir,
+        environment={"KATA_CONF_FILE": os.fspath(configuration)},
+        cri=CriSettings(runtime=runtime, pause_image=PAUSE_NAME, network=node),
+    )
+    write_network(home)
+    try:
+        daemon.start()
+        daemon.ctr("image", "import", os.fspath(BUILD / "images" / "busybox.tar"))
+        yield daemon
+    finally:
+        daemon.destroy()
+
+
+@pytest.fixture
+def cri(daemon: Containerd) -> Cri:
+    return Cri(daemon, crictl=CRICTL, image=IMAGE_NAME)
+
+
+def test_a_pod_has_its_name_servers_and_addresses(cri: Cri) -> None:
+    dns = {"servers": [GATEWAY], "searches": ["example.test"], "options": ["ndots:5"]}
+    with cri.pod(hostname="a-pod", dns_config=dns) as pod:
+        container = pod.start(*_FOREVER)
+        assert cri.exec(container, "hostname") == "a-pod"
+        resolv = cri.exec(container, "cat", "/etc/resolv.conf").split("\n")
+        assert sorted(resolv) == [
+            f"nameserver {GATEWAY}",
+            "options ndots:5",
+            "search example.test",
+        ]
+        inside = cri.exec(container, "ip", "-o", "address", "show", "dev", "eth0")
+        assert len(pod.addresses) == 2
+        for address in pod.addresses:
+            assert f" {address}/" in inside
+        assert cri.exec(container, "ping", "-c1", "-W5", GATEWAY)
+
+
+def test_containers_of_a_pod_talk_over_localhost_and_share_one_machine(
+    cri: Cri, runtime: str
+) -> None:
+    with cri.pod() as pod:
+        server = pod.start("httpd", "-f", "-p", "127.0.0.1:8080", "-h", "/etc")
+        other = pod.start(*_FOREVER)
+        fetch = ("exec", "--sync", other, "wget", "-q", "-O-", "http://127.0.0.1:8080/group")
+
+        def is_served() -> bool:
+            return "extra:x:2000:user" in cri.attempt(*fetch).text
+
+        wait_until(is_served, what="an answer from next door", timeout_s=20)
+        if runtime == KATA_RUNTIME:
+            assert len(find_processes(cri.containerd, name="kata-hybrid")) == 1
+            boots = {
+                cri.exec(each, "cat", "/proc/sys/kernel/random/boot_id") for each in (server, other)
+            }
+            assert len(boots) == 1
+            assert boots != {Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+
+
+def test_output_is_logged_and_commands_are_run_and_attached_to(cri: Cri) -> None:
+    with cri.pod() as pod:
+        container = pod.start(
+            "sh", "-c", "echo out; echo err >&2; while read a; do echo $a; done", stdin=True
+        )
+        wait_until(
+            lambda: len(cri.run("logs", container).text.splitlines()) == 1,
+            what="a line in the log",
+            timeout_s=20,
+        )
+        logged = cri.run("logs", container)
+        assert (logged.text, logged.stderr.strip()) == ("out", b"err")
+        failed = cri.attempt("exec", container, "sh", "-c", "echo streamed; exit 7")
+        assert (failed.text, failed.status) == ("streamed", 1)
+        assert "7" in failed.error
+        assert cri.attempt("exec", "--sync", container, "false").status != 0
+        with cri.attached(container) as attached:
+            assert attached.stdin is not None
+            assert attached.stdout is not None
+            attached.stdin.write(b"typed\n")
+            attached.stdin.flush()
+            assert attached.stdout.readline() == b"typed\n"
+
+
+def test_a_container_is_restarted_beside_another(cri: Cri) -> None:
+    with cri.pod() as pod:
+        steady = pod.start(*_FOREVER, name="steady")
+        first = pod.start("sh", "-c", "exit 3", name="again")
+        wait_until(lambda: cri.state(first) == "CONTAINER_EXITED", what="the exit", timeout_s=20)
+        assert cri.exit_status(first) == (3, "Error")
+        second = pod.start(*_FOREVER, metadata={"name": "again", "attempt": 1})
+        cri.run("rm", first)
+        cri.run("stop", "--timeout", "1", second)
+        assert cri.exit_status(second) == (137, "Error")
+        third = pod.start("true", metadata={"name": "again", "attempt": 2})
+        wait_until(lambda: cri.state(third) == "CONTAINER_EXITED", what="the exit", timeout_s=20)
+        assert cri.exit_status(third) == (0, "Completed")
+        assert cri.exec(steady, "echo", "still here") == "still here"
+
+
+def test_a_pod_goes_with_its_containers_running(cri: Cri) -> None:
+    with cri.pod() as pod:
+        for _ in range(3):
+            pod.start(*_FOREVER)
+        cri.run("stopp", pod.id)
+        assert not pod.is_ready()
+        cri.run("rmp", pod.id)
+    assert cri.run("pods", "--quiet").text == ""
+    assert cri.run("ps", "--all", "--quiet").text == ""
+
+
+def test_processes_are_the_containers_own_or_the_pods(cri: Cri) -> None:
+    for pid, is_shared in ((1, False), (0, True)):
+        context = {"security_context": {"namespace_options": {"pid": pid}}}
+        with cri.pod(linux=context) as pod:
+            container = pod.start(*_FOREVER, linux=context)
+            listed = cri.exec(container, "ps", "-o", "pid,args")
+            assert ("2147483647" in listed) is is_shared, listed
+            first = cri.exec(container, "cat", "/proc/1/cmdline")
+            assert ("100000" in first) is not is_shared, first
+
+
+def test_sysctls_are_the_pods(cri: Cri) -> None:
+    sysctls = {"net.ipv4.ip_unprivileged_port_start": "80", "kernel.shm_rmid_forced": "1"}
+    with cri.pod(linux={"sysctls": sysctls}) as pod:
+        container = pod.start(*_FOREVER)
+        for name, value in sysctls.items():
+            path = f"/proc/sys/{name.replace('.', '/')}"
+            assert cri.exec(container, "cat", path) == value
+
+
+def test_numbers_of_containers_are_those_of_the_guest(cri: Cri) -> None:
+    with cri.pod() as pod:
+        container = pod.start("sh", "-c", "while :; do :; done")
+
+        def has_used_cpu() -> bool:
+            listed = cri.run("stats", "--output", "json", container).text
+            return '"usageCoreNanoSeconds": {\n          "value": "0"' not in listed and (
+                container in listed
+            )
+
+        wait_until(has_used_cpu, what="numbers", timeout_s=20)
+
+
+def test_a_pod_outlives_a_restart_of_containerd(cri: Cri) -> None:
+    with cri.pod() as pod:
+        container = pod.start(*_FOREVER)
+        cri.restart()
+        assert pod.is_ready()
+        assert cri.state(container) == "CONTAINER_RUNNING"
+        assert cri.exec(container, "echo", "there") == "there"
+
+
+def test_a_pod_whose_machine_is_lost_is_not_ready_and_can_be_removed(
+    cri: Cri, runtime: str
+) -> None:
+    if runtime != KATA_RUNTIME:
+        pytest.skip("needs a runtime with virtual machines")
+    with cri.pod() as pod:
+        container = pod.start(*_FOREVER)
+        (shim,) = find_processes(cri.containerd, name="kata-hybrid")
+        os.kill(shim.pid, signal.SIGKILL)
+        wait_until(lambda: not pod.is_ready(), what="the loss", timeout_s=20)
+        wait_until(
+            lambda: cri.state(container) == "CONTAINER_EXITED", what="the exit", timeout_s=20
+        )
+        cri.run("stopp", pod.id)
+        cri.run("rmp", pod.id)
