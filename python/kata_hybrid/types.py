@@ -93,6 +93,8 @@ class GuestStorage:
     mount_point: str
     driver_options: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    is_shared: bool = False
+    """It stays until the guest ends, and not only as long as a container uses it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

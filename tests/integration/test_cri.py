@@ -1,5 +1,6 @@
 """Pods by way of containerd's Kubernetes part, each a machine: what a kubelet relies on."""
 
+import hashlib
 import os
 import secrets
 import signal
@@ -218,3 +219,81 @@ def test_a_pod_whose_machine_is_lost_is_not_ready_and_can_be_removed(
         )
         cri.run("stopp", pod.id)
         cri.run("rmp", pod.id)
+
+
+def test_a_volume_in_memory_is_the_guests_and_outlives_its_containers(
+    cri: Cri, tmp_path: Path, runtime: str
+) -> None:
+    volume = tmp_path / "kubernetes.io~empty-dir" / "cache"
+    volume.mkdir(parents=True)
+    mount = ("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", os.fspath(volume))
+    subprocess.run(mount, check=True, timeout=10)
+    try:
+        mounts = [{"host_path": os.fspath(volume), "container_path": "/cache"}]
+        with cri.pod() as pod:
+            first = pod.start(*_FOREVER, mounts=mounts)
+            second = pod.start(*_FOREVER, mounts=mounts)
+            cri.exec(first, "sh", "-c", "echo hello >/cache/file")
+            assert cri.exec(second, "cat", "/cache/file") == "hello"
+            used = cri.exec(first, "df", "-Pk", "/cache").splitlines()[-1].split()
+            assert (used[0], used[1]) == ("tmpfs", "8192")
+            assert (
+                cri.attempt(
+                    *("exec", "--sync", first, "sh", "-c"),
+                    "head -c 9000000 /dev/zero >/cache/large",
+                ).status
+                != 0
+            )
+            if runtime == KATA_RUNTIME:
+                assert not [*volume.iterdir()]
+            for each in (first, second):
+                cri.run("rm", "--force", each)
+            third = pod.start(*_FOREVER, mounts=mounts)
+            assert cri.exec(third, "cat", "/cache/file") == "hello"
+    finally:
+        subprocess.run(["umount", os.fspath(volume)], check=True, timeout=10)
+
+
+def test_configuration_that_changes_on_the_host_changes_in_the_guest(
+    cri: Cri, tmp_path: Path
+) -> None:
+    """As the kubelet writes it: files behind a link to a folder, which is replaced as one."""
+    folder = tmp_path / "kubernetes.io~configmap" / "settings"
+    folder.mkdir(parents=True)
+
+    def write(text: str) -> None:
+        new = folder / f"..{secrets.token_hex(4)}"
+        new.mkdir()
+        (new / "key").write_text(text)
+        link = folder / "..data_tmp"
+        link.symlink_to(new.name)
+        link.rename(folder / "..data")
+
+    write("before")
+    (folder / "key").symlink_to("..data/key")
+    mounts = [
+        {"host_path": os.fspath(folder), "container_path": "/settings", "readonly": True},
+    ]
+    with cri.pod() as pod:
+        container = pod.start(*_FOREVER, mounts=mounts)
+        assert cri.exec(container, "cat", "/settings/key") == "before"
+        write("after")
+        wait_until(
+            lambda: cri.exec(container, "cat", "/settings/key") == "after",
+            what="the change",
+            timeout_s=5,
+        )
+        assert cri.attempt("exec", "--sync", container, "touch", "/settings/x").status != 0
+
+
+def test_a_volume_on_disk_has_what_was_written_on_either_side(cri: Cri, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    content = secrets.token_bytes(1 << 20) * 64
+    (tmp_path / "data" / "from-host").write_bytes(content)
+    mounts = [{"host_path": os.fspath(tmp_path / "data"), "container_path": "/data"}]
+    with cri.pod() as pod:
+        container = pod.start(*_FOREVER, mounts=mounts)
+        copy = "cp /data/from-host /data/from-guest && sha256sum </data/from-guest"
+        told = cri.exec(container, "sh", "-c", copy).split()[0]
+    assert told == hashlib.sha256(content).hexdigest()
+    assert (tmp_path / "data" / "from-guest").read_bytes() == content

@@ -80,6 +80,7 @@ def storage_messages(storages: Iterable[GuestStorage]) -> list[agent_pb2.Storage
             fstype=storage.fstype,
             options=storage.options,
             mount_point=storage.mount_point,
+            shared=storage.is_shared,
         )
         for storage in storages
     ]

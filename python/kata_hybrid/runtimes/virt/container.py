@@ -15,12 +15,13 @@ from kata_hybrid.resource.rootfs.base import Rootfs
 from kata_hybrid.resource.rootfs.block import BlockRootfs, is_block_rootfs
 from kata_hybrid.resource.rootfs.shared import SharedRootfs
 from kata_hybrid.resource.volume.bind import BindVolumes
+from kata_hybrid.resource.volume.ephemeral import ephemeral_storage
 from kata_hybrid.runtimes.base import CreateRequest
 from kata_hybrid.runtimes.oci.rewrite import guest_spec
 from kata_hybrid.runtimes.oci.spec import Spec, SpecMount
 from kata_hybrid.runtimes.virt.guest import Guest
 from kata_hybrid.runtimes.virt.process import Process
-from kata_hybrid.types import ContainerId, ExecId, JsonObject
+from kata_hybrid.types import ContainerId, ExecId, GuestStorage, JsonObject
 
 _REMOVE_TIMEOUT_S = 10
 
@@ -42,6 +43,7 @@ class Container:
         self._spec = spec
         self._rootfs = rootfs
         self._volumes = volumes
+        self._storages: list[GuestStorage] = []
         self._is_in_guest = False
 
     def find(self, exec_id: ExecId | None) -> Process:
@@ -76,7 +78,7 @@ class Container:
         await agent.create_container(
             self.id,
             spec=spec,
-            storages=self._rootfs.storages,
+            storages=(*self._rootfs.storages, *self._storages),
             has_sandbox_pidns=bool(self._spec.namespaces.get("pid")),
         )
 
@@ -85,9 +87,14 @@ class Container:
             return mount
         # A relative source is relative to the bundle (config.md, "Mounts"); an empty one stays so.
         path = str(self.request.bundle / mount.source) if mount.source else ""
-        source = self._volumes.add(
-            path, destination=mount.destination, is_read_only=mount.is_read_only
-        )
+        storage = ephemeral_storage(path)
+        if storage is not None:
+            self._storages.append(storage)
+            source = storage.mount_point
+        else:
+            source = self._volumes.add(
+                path, destination=mount.destination, is_read_only=mount.is_read_only
+            )
         return SpecMount(
             destination=mount.destination, type="bind", source=source, options=mount.options
         )

@@ -1,0 +1,60 @@
+"""Volumes in memory: what is a tmpfs of the host's for a pod becomes one of its guest's.
+
+The kubelet mounts a tmpfs for an ``emptyDir`` of medium ``Memory`` and names it as the source of a
+bind. Shared as a folder, its data would be in the host's memory and once more in the guest's, and
+be charged to nobody's limit. So the guest has a tmpfs of its own, of the same size; the pod's
+containers share it, and it lives as long as the guest (Kata's "ephemeral" volumes).
+"""
+
+import os
+from pathlib import Path
+from typing import Final
+
+from kata_hybrid.types import GuestStorage
+
+_MOUNTS: Final = Path("/proc/self/mountinfo")
+_EMPTY_DIR: Final = "kubernetes.io~empty-dir"
+"""Where the kubelet has a pod's volumes of that kind, each named as in the pod."""
+GUEST_FOLDER: Final = "/run/kata-containers/sandbox/ephemeral"
+
+
+def ephemeral_storage(source: str) -> GuestStorage | None:
+    """Describe the tmpfs that stands for a bind's source in the guest.
+
+    None: the source is no volume in memory, but something to be shared.
+    """
+    path = Path(os.path.normpath(source))
+    # Most sources are told by their name; the mounts of a node may be thousands.
+    if path.parent.name != _EMPTY_DIR:
+        return None
+    options = _tmpfs_options(path)
+    if options is None:
+        return None
+    wanted = [option for option in options if option.startswith("size=")]
+    group = path.stat().st_gid
+    if group != 0:
+        # What a pod's fsGroup makes of the volume.
+        wanted.append(f"fsgid={group}")
+    return GuestStorage(
+        driver="ephemeral",
+        source="tmpfs",
+        fstype="tmpfs",
+        mount_point=f"{GUEST_FOLDER}/{path.name}",
+        options=tuple(wanted),
+        is_shared=True,
+    )
+
+
+def _tmpfs_options(path: Path) -> list[str] | None:
+    """The options of the file system mounted on ``path`` if it is a tmpfs."""
+    found = None
+    for line in _MOUNTS.read_text().splitlines():
+        # ID PARENT DEVICE ROOT POINT OPTIONS [TAG]... - TYPE SOURCE OPTIONS (proc(5)); the last
+        # mount on a point is the one that is seen.
+        place, _, what = line.partition(" - ")
+        point = place.split()[4].encode().decode("unicode_escape")
+        if point == os.fspath(path):
+            found = what.split()
+    if found is None or found[0] != "tmpfs":
+        return None
+    return found[2].split(",")
