@@ -24,7 +24,7 @@ fail() {
     exit 125
 }
 
-for module in kvm_amd vhost_vsock vhost_net tun overlay; do
+for module in kvm_amd vhost_vsock vhost_net tun overlay loop; do
     modprobe "$module" || fail "module $module does not load"
 done
 if [ ! -c /dev/net/tun ]; then
