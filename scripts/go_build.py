@@ -10,7 +10,6 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 from setup_steps import BUILD, SetupError, run, say
@@ -28,58 +27,33 @@ _CRI_TOOLS = "sigs.k8s.io/cri-tools"
 _CACHE = BUILD / "go"
 
 
-def build_containerd() -> None:
-    """Build the three programs.
+def build_programs() -> None:
+    """Build all of them; what both modules need is built once.
 
     Raises:
         SetupError: there is no Go and no way to get it, or the build failed.
     """
-    version = f"-X {_MODULE}/version.Version={CONTAINERD_VERSION}"
-    _build(
-        f"{_MODULE}@{CONTAINERD_VERSION}",
-        [f"./cmd/{program}" for program in PROGRAMS],
-        target=CONTAINERD_2_BIN,
-        arguments=["-tags", _TAGS],
-        flags=version,
-        log="containerd-2",
-    )
-
-
-def build_crictl() -> None:
-    """Build the command that speaks to a containerd as the kubelet does.
-
-    Raises:
-        SetupError: there is no Go and no way to get it, or the build failed.
-    """
-    version = f"-X {_CRI_TOOLS}/pkg/version.Version={CRICTL_VERSION}"
-    module = f"{_CRI_TOOLS}@{CRICTL_VERSION}"
-    _build(module, ["./cmd/crictl"], target=CRICTL.parent, flags=version, log="crictl")
-
-
-def _build(
-    module: str,
-    packages: list[str],
-    *,
-    target: Path,
-    flags: str,
-    log: str,
-    arguments: Sequence[str] = (),
-) -> None:
     go = _find_go() or _fetch_go()
+    flags = f"-X {_MODULE}/version.Version={CONTAINERD_VERSION}"
+    packages = [f"./cmd/{program}" for program in PROGRAMS]
+    build = ["-tags", _TAGS, "-ldflags", f"-s -w {flags}", "-o", f"{CONTAINERD_2_BIN}/", *packages]
+    _build(go, f"{_MODULE}@{CONTAINERD_VERSION}", build, log="containerd-2")
+    flags = f"-X {_CRI_TOOLS}/pkg/version.Version={CRICTL_VERSION}"
+    build = ["-ldflags", f"-s -w {flags}", "-o", f"{CRICTL.parent}/", "./cmd/crictl"]
+    _build(go, f"{_CRI_TOOLS}@{CRICTL_VERSION}", build, log="crictl")
+    # Gigabytes of modules and objects that nothing needs any more.
+    shutil.rmtree(_CACHE)
+
+
+def _build(go: str, module: str, arguments: list[str], *, log: str) -> None:
     environment = _environment()
     run([go, "mod", "download", module], log=f"{log}-go", cwd=_CACHE, environment=environment)
-    target.mkdir(parents=True, exist_ok=True)
     run(
-        [
-            *(go, "build", "-trimpath", *arguments, "-ldflags", f"-s -w {flags}"),
-            *("-o", f"{target}/", *packages),
-        ],
+        [go, "build", "-trimpath", *arguments],
         log=log,
         cwd=Path(environment["GOMODCACHE"]) / module,
         environment=environment,
     )
-    # A gigabyte of modules and objects that nothing needs any more.
-    shutil.rmtree(_CACHE)
 
 
 def _environment() -> dict[str, str]:

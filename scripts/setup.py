@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import busybox_image
+import go_build
 import lab_kernel
 from go_build import (
     CONTAINERD_2_BIN,
@@ -22,8 +23,7 @@ from go_build import (
     CRICTL,
     CRICTL_VERSION,
     PROGRAMS,
-    build_containerd,
-    build_crictl,
+    build_programs,
 )
 from host_packages import CONTAINERD_1_BIN, RUNC, install_packages, unpack_containerd
 from setup_steps import BUILD, ROOT, SetupError, Step, run, run_steps
@@ -191,17 +191,10 @@ def steps() -> list[Step]:
         ),
         Step(
             name="containerd-2",
-            title=f"containerd {CONTAINERD_VERSION.removeprefix('v')} (from its Go module)",
-            run=build_containerd,
-            salt=f"{CONTAINERD_VERSION} with CRI",
-            outputs=tuple(CONTAINERD_2_BIN / program for program in PROGRAMS),
-        ),
-        Step(
-            name="crictl",
-            title=f"crictl {CRICTL_VERSION.removeprefix('v')} (from its Go module)",
-            run=build_crictl,
-            salt=CRICTL_VERSION,
-            outputs=(CRICTL,),
+            title=f"containerd {CONTAINERD_VERSION[1:]}, crictl {CRICTL_VERSION[1:]} (Go modules)",
+            run=build_programs,
+            inputs=(Path(go_build.__file__),),
+            outputs=(*(CONTAINERD_2_BIN / program for program in PROGRAMS), CRICTL),
         ),
         Step(
             name="lab-kernel",

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,21 @@ from harness.deadline import wait_until
 SUBNET = "10.123.0.0/24"
 GATEWAY = "10.123.0.1"
 SUBNET6 = "fd12:3456::/64"
+_PLUGINS = tuple(Path("/usr/lib/cni") / name for name in ("bridge", "host-local", "loopback"))
 _BOOT_TIMEOUT_S = 90.0
 _TIMEOUT_S = 60.0
 
 PodConfig = dict[str, Any]
+
+
+def missing_programs(crictl: Path) -> str:
+    """Say which programs are not there, or return an empty string."""
+    programs = [
+        crictl,
+        *_PLUGINS,
+        *(Path(shutil.which(each) or each) for each in ("ip", "nsenter")),
+    ]
+    return ", ".join(os.fspath(path) for path in programs if not os.access(path, os.X_OK))
 
 
 def write_network(home: Path) -> None:
@@ -150,6 +162,22 @@ class Cri:
                 yield process
             finally:
                 process.kill()
+
+    def wait_for_images(self, *names: str) -> None:
+        """Wait until images that were imported are known: that is told by events."""
+
+        def are_known() -> bool:
+            images = json.loads(self.run("images", "--output", "json").text)["images"]
+            known = {tag for image in images for tag in image["repoTags"]}
+            return known.issuperset(names)
+
+        wait_until(are_known, what=f"images {', '.join(names)}", timeout_s=_TIMEOUT_S)
+
+    def used_cpu_ns(self, container_id: str) -> int:
+        """Return how long a container used a processor."""
+        listed = json.loads(self.run("stats", "--output", "json", container_id).text)
+        (numbers,) = listed["stats"]
+        return int(numbers["cpu"]["usageCoreNanoSeconds"]["value"])
 
     def restart(self) -> None:
         """Stop containerd and start it again, until its Kubernetes part answers."""

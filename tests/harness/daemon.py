@@ -220,6 +220,11 @@ class Containerd:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def has_cri(self) -> bool:
+        """Whether it runs pods."""
+        return self._cri is not None
+
+    @property
     def has_block_snapshots(self) -> bool:
         """Whether the snapshotter ``blockfile``, whose root file systems are disk images, is there.
 

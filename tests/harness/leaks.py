@@ -71,7 +71,7 @@ def take_census(containerd: Containerd) -> Census:
         mounts=frozenset(point for point in mount_points() if point.startswith(home + "/")),
         files=frozenset(_files(containerd)),
         cgroups=frozenset(_cgroups(containerd.namespace)),
-        namespaces=frozenset(path.name for path in _NAMESPACES.glob("cni-*")),
+        namespaces=frozenset(path.name for path in _NAMESPACES.glob("cni-*") if containerd.has_cri),
     )
 
 

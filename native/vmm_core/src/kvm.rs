@@ -11,7 +11,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use kvm_bindings::{KVM_API_VERSION, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -189,10 +189,10 @@ impl MappedVm {
             .map_err(KvmError::call("KVM_IRQFD"))
     }
 
-    /// The line of `gsi`, for a device: to be let go of before the machine is.
+    /// The line of `gsi`, for a device.
     pub fn irq_line(&self, gsi: u32) -> IrqLine {
         IrqLine {
-            vm: Arc::clone(&self.vm),
+            vm: Arc::downgrade(&self.vm),
             gsi,
             turn: Mutex::new(()),
         }
@@ -220,19 +220,23 @@ impl MappedVm {
 /// switch to another thread and back for every interrupt costs more than these two calls.
 #[derive(Debug)]
 pub struct IrqLine {
-    vm: Arc<VmFd>,
+    /// Devices may be kept for longer than the machine.
+    vm: Weak<VmFd>,
     gsi: u32,
     /// An edge that another thread has not taken down yet would hide this one.
     turn: Mutex<()>,
 }
 
 impl IrqLine {
-    /// Interrupt the guest.
+    /// Interrupt the guest, if it is still there.
     pub fn pulse(&self) {
+        let Some(vm) = self.vm.upgrade() else {
+            return;
+        };
         let _turn = lock(&self.turn);
         for is_active in [true, false] {
             // Fails only in another process than the machine's, or without interrupt controllers.
-            let _done = self.vm.set_irq_line(self.gsi, is_active);
+            let _done = vm.set_irq_line(self.gsi, is_active);
         }
     }
 }

@@ -240,8 +240,8 @@ pub trait VirtioDevice: Any + Send {
     /// A queue is missing or a system call failed; the device stays inactive.
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
 
-    /// Queue `token` was kicked (the kick is cleared already), or a descriptor watched with
-    /// `token` is ready. May come when nothing is to be done, and when inactive. Bounded: after
+    /// Queue `token` was kicked (each kick is told once, nothing is to be read), or a descriptor
+    /// watched with `token` is ready. May come when nothing is to be done, and when inactive. Bounded: after
     /// some hundred requests leave the rest for another call (`Queue::kick_self`).
     ///
     /// # Errors

@@ -36,7 +36,7 @@ def test_a_tmpfs_becomes_one_of_the_guests_with_its_size(volume: Volume) -> None
     assert storage is not None
     assert (storage.driver, storage.fstype) == ("ephemeral", "tmpfs")
     assert storage.mount_point == "/run/kata-containers/sandbox/ephemeral/cache"
-    assert storage.options == ("size=8192k",)
+    assert storage.options == ("size=8192k", "nodev", "mode=755")
     assert storage.is_shared
 
 
@@ -44,20 +44,26 @@ def test_the_group_of_the_volume_goes_along(
     volume: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = volume(_TMPFS)
-    stat = Path(source).stat()
-    fields = [*stat]
+    status = Path(source).stat()
+    fields = [*status]
+    fields[0] = 0o42777
     fields[5] = 2000
-    changed = type(stat)(fields)
+    changed = type(status)(fields)
     monkeypatch.setattr(Path, "stat", lambda _path: changed)
     storage = ephemeral_storage(source)
     assert storage is not None
-    assert storage.options == ("size=8192k", "fsgid=2000")
+    assert storage.options == ("size=8192k", "nodev", "mode=2777", "fsgid=2000")
 
 
-def test_names_with_spaces_are_found(volume: Volume) -> None:
-    storage = ephemeral_storage(volume(_TMPFS, name="a b"))
+@pytest.mark.parametrize("name", ["a b", "dépôt"])
+def test_any_name_is_found(volume: Volume, name: str) -> None:
+    storage = ephemeral_storage(volume(_TMPFS, name=name))
     assert storage is not None
-    assert storage.mount_point.endswith("/a b")
+    assert storage.mount_point.endswith(f"/{name}")
+
+
+def test_a_mount_of_nothing_is_no_obstacle(volume: Volume) -> None:
+    assert ephemeral_storage(volume("80 22 0:9 / HERE rw - tmpfs  rw,size=1k")) is not None
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 //! Listing directories.
 //!
 //! Positions are the host file system's own cookies, so a listing goes on where it was in another
-//! process too, and a handle keeps nothing but a descriptor.
+//! process too; a handle keeps nothing but a descriptor, and the share what is left of one listing.
 
 use std::mem::take;
 

@@ -15,6 +15,8 @@ use rustix::io::Errno;
 
 /// What the kernel lists at a time.
 const SIZE: usize = 32 << 10;
+/// The same where a listing goes on after another came in between: that may happen again.
+const SIZE_ELSEWHERE: usize = 4 << 10;
 
 /// An entry as the kernel gave it.
 #[derive(Debug)]
@@ -47,6 +49,8 @@ pub(super) struct Listing {
     names: Vec<u8>,
     /// The first entry that is left.
     first: usize,
+    /// Bytes to list next.
+    size: usize,
     buffer: Box<[MaybeUninit<u8>]>,
 }
 
@@ -77,6 +81,7 @@ impl Listing {
         self.clear();
         rustix::fs::seek(directory, SeekFrom::Start(position))?;
         (self.handle, self.position) = (handle, position);
+        self.size = if position == 0 { SIZE } else { SIZE_ELSEWHERE };
         Ok(())
     }
 
@@ -123,7 +128,9 @@ impl Listing {
         self.entries.clear();
         self.names.clear();
         self.first = 0;
-        let mut listed = RawDir::new(directory, &mut self.buffer);
+        let size = std::mem::replace(&mut self.size, SIZE);
+        let buffer = self.buffer.get_mut(..size).ok_or(Errno::NOMEM)?;
+        let mut listed = RawDir::new(directory, buffer);
         while let Some(entry) = listed.next() {
             let entry = entry?;
             let start = self.names.len();
