@@ -26,8 +26,8 @@ BOOT_ROUNDS = 5
 START_ROUNDS = 5
 RESTORE_ROUNDS = 5
 COUNTED_ROUNDS = 3
-"""Each of two series of boots where time is the count of instructions. An odd number: one boot in a
-dozen is a few hundredths off, which a median leaves out."""
+"""Each of two series of boots where time is the count of instructions. Odd: now and then one
+is a few hundredths off, which a median leaves out."""
 _MEMORY_MIB = 256
 _TIMEOUT_S = 30.0
 _COUNTED_TIMEOUT_S = 8.0
