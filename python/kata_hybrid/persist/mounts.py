@@ -1,4 +1,4 @@
-"""What is mounted below a folder, and how to detach it.
+"""What is mounted on or below a folder, and how to detach it.
 
 Used before anything is removed recursively: a bind mount may be of the same file system as the
 folder it lies in, so that nothing but the mount table tells it apart, and what is below it is
@@ -29,6 +29,22 @@ def mounts_below(path: str) -> list[str]:
         return []
     points = [_mount_point(line) for line in _read_table().splitlines()]
     return [point for point in points if point == real or point.startswith(real + "/")]
+
+
+def file_system_at(path: str) -> tuple[str, list[str]] | None:
+    """Return type and options of the file system that is mounted on a path; None: none is.
+
+    Raises:
+        OSError: the mount table cannot be read.
+    """
+    found = None
+    for line in _read_table().splitlines():
+        # The last mount on a point is the one that is seen.
+        if _mount_point(line) == path:
+            # After the dash: type, source, options (proc(5)); a source may be empty.
+            kind, *_, options = line.partition(b" - ")[2].split()
+            found = kind.decode(), options.decode("utf-8", "surrogateescape").split(",")
+    return found
 
 
 def unmount_below(path: str) -> list[str]:

@@ -7,15 +7,13 @@ containers share it, and it lives as long as the guest (Kata's "ephemeral" volum
 """
 
 import os
-import re
 import stat
 from pathlib import Path
 from typing import Final
 
+from kata_hybrid.persist.mounts import file_system_at
 from kata_hybrid.types import GuestStorage
 
-_MOUNTS: Final = Path("/proc/self/mountinfo")
-_ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
 _EMPTY_DIR: Final = "kubernetes.io~empty-dir"
 """Where the kubelet has a pod's volumes of that kind, each named as in the pod."""
 GUEST_FOLDER: Final = "/run/kata-containers/sandbox/ephemeral"
@@ -30,11 +28,11 @@ def ephemeral_storage(source: str) -> GuestStorage | None:
     # Most sources are told by their name; the mounts of a node may be thousands.
     if path.parent.name != _EMPTY_DIR:
         return None
-    options = _tmpfs_options(path)
-    if options is None:
+    mounted = file_system_at(os.fspath(path))
+    if mounted is None or mounted[0] != "tmpfs":
         return None
     status = path.stat()
-    wanted = [option for option in options if option.startswith("size=")]
+    wanted = [option for option in mounted[1] if option.startswith("size=")]
     wanted += ["nodev", f"mode={stat.S_IMODE(status.st_mode):o}"]
     if status.st_gid != 0:
         # What a pod's fsGroup makes of the volume.
@@ -47,17 +45,3 @@ def ephemeral_storage(source: str) -> GuestStorage | None:
         options=tuple(wanted),
         is_shared=True,
     )
-
-
-def _tmpfs_options(path: Path) -> list[str] | None:
-    """The options of the file system mounted on ``path`` if it is a tmpfs."""
-    wanted = os.fsencode(path)
-    kind, options = b"", b""
-    for line in _MOUNTS.read_bytes().splitlines():
-        # ID PARENT DEVICE ROOT POINT OPTIONS [TAG]... - TYPE SOURCE OPTIONS (proc(5)), where a
-        # source may be empty; the last mount on a point is the one that is seen.
-        place, _, what = line.partition(b" - ")
-        point = _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), place.split()[4])
-        if point == wanted:
-            kind, *_, options = what.split()
-    return os.fsdecode(options).split(",") if kind == b"tmpfs" else None

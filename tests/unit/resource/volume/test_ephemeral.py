@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kata_hybrid.resource.volume import ephemeral
+from kata_hybrid.persist import mounts
 from kata_hybrid.resource.volume.ephemeral import ephemeral_storage
 
 Volume = Callable[..., str]
@@ -14,14 +14,13 @@ Volume = Callable[..., str]
 @pytest.fixture
 def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Volume:
     """Make a folder for a volume, and have mountinfo say what is mounted on it."""
-    mounts = tmp_path / "mountinfo"
-    monkeypatch.setattr(ephemeral, "_MOUNTS", mounts)
 
     def make(*lines: str, folder: str = "kubernetes.io~empty-dir", name: str = "cache") -> str:
         path = tmp_path / folder / name
         path.mkdir(parents=True)
         escaped = str(path).replace(" ", "\\040")
-        mounts.write_text("".join(f"{line}\n".replace("HERE", escaped) for line in lines))
+        table = "".join(f"{line}\n".replace("HERE", escaped) for line in lines).encode()
+        monkeypatch.setattr(mounts, "_read_table", lambda: table)
         return str(path)
 
     return make
