@@ -6,7 +6,6 @@ records go to.
 
 import os
 import secrets
-import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from recording import Recorder
 
 from busybox_image import IMAGE_NAME
 from harness.containers import Containers
-from harness.daemon import Containerd, containerd_installs
+from harness.daemon import Containerd, containerd_installs, private_containerd
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -63,21 +62,14 @@ def containerd(bin_dir: Path) -> Iterator[Containerd]:
         absent.append(install.missing())
     if absent:
         pytest.fail(f"no {', '.join(absent)}: run make setup", pytrace=False)
-    # Short: a unix socket's path may have 107 bytes.
-    home = Path(tempfile.mkdtemp(prefix="kb", dir="/tmp"))
-    daemon = Containerd(
+    with private_containerd(
         install,
-        home=home,
         namespace=f"kh-{secrets.token_hex(4)}",
         shim_dir=bin_dir,
+        archive=image,
         environment={"KATA_CONF_FILE": os.fspath(configuration)},
-    )
-    try:
-        daemon.start()
-        daemon.ctr("image", "import", os.fspath(image))
+    ) as daemon:
         yield daemon
-    finally:
-        daemon.destroy()
 
 
 @pytest.fixture(scope="session")

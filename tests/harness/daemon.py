@@ -10,6 +10,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -416,6 +418,41 @@ class Containerd:
         for point in reversed(points):
             if Path(point).is_relative_to(self.home):
                 subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def private_containerd(
+    install: ContainerdInstall,
+    *,
+    namespace: str,
+    shim_dir: Path | None,
+    archive: Path,
+    environment: dict[str, str] | None = None,
+    cri: CriSettings | None = None,
+    prepare: Callable[[Path], None] | None = None,
+) -> Iterator[Containerd]:
+    """Run a daemon with an archive's images in its store, in a folder that goes with it.
+
+    ``prepare`` is called with the folder before the daemon starts.
+    """
+    # Short: a unix socket's path may have 107 bytes, and the shim adds its own part.
+    home = Path(tempfile.mkdtemp(prefix="kh", dir="/tmp"))
+    daemon = Containerd(
+        install,
+        home=home,
+        namespace=namespace,
+        shim_dir=shim_dir,
+        environment=environment,
+        cri=cri,
+    )
+    try:
+        if prepare is not None:
+            prepare(home)
+        daemon.start()
+        daemon.ctr("image", "import", os.fspath(archive))
+        yield daemon
+    finally:
+        daemon.destroy()
 
 
 def _make_scratch(image: Path) -> None:

@@ -11,7 +11,6 @@ The shim under test is the one ``make setup`` installed from the wheel (``build/
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pytest
 
 from busybox_image import IMAGE_NAME
 from harness.containers import KATA_RUNTIME, Containers
-from harness.daemon import Containerd, ContainerdInstall, containerd_installs
+from harness.daemon import Containerd, ContainerdInstall, containerd_installs, private_containerd
 from harness.events import EventWatcher
 from harness.leaks import Census, assert_nothing_left, take_census
 
@@ -96,24 +95,17 @@ def containerd(install: ContainerdInstall, shim_dir: Path | None) -> Iterator[Co
         pytest.skip("containerd needs root")
     if missing := install.missing():
         pytest.skip(f"no {missing}: run make setup")
-    # Short: a unix socket's path may have 107 bytes, and the shim adds its own part.
-    home = Path(tempfile.mkdtemp(prefix="kh", dir="/tmp"))
-    daemon = Containerd(
+    with private_containerd(
         install,
-        home=home,
         namespace=f"kh-{secrets.token_hex(4)}",
         shim_dir=shim_dir,
-    )
-    try:
-        daemon.start()
-        daemon.ctr("image", "import", os.fspath(BUILD / "images" / "busybox.tar"))
+        archive=BUILD / "images" / "busybox.tar",
+    ) as daemon:
         yield daemon
         keep = os.environ.get("KATA_HYBRID_KEEP_LOGS")
         if keep:
             Path(keep).mkdir(parents=True, exist_ok=True)
             shutil.copy(daemon.log, Path(keep) / f"{install.label}.log")
-    finally:
-        daemon.destroy()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import secrets
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from busybox_image import IMAGE_NAME, PAUSE_NAME
 from go_build import CRICTL
 from harness.containers import KATA_RUNTIME
 from harness.cri import GATEWAY, Cri, missing_programs, write_network
-from harness.daemon import Containerd, ContainerdInstall, CriSettings
+from harness.daemon import Containerd, ContainerdInstall, CriSettings, private_containerd
 from harness.deadline import wait_until
 from harness.leaks import find_processes
 
@@ -50,23 +49,17 @@ def containerd(
     """A daemon with its Kubernetes part, instead of the session's without."""
     if missing := install.missing():
         pytest.skip(f"no {missing}: run make setup")
-    home = Path(tempfile.mkdtemp(prefix="kh", dir="/tmp"))
-    daemon = Containerd(
+    with private_containerd(
         install,
-        home=home,
         namespace="k8s.io",
         shim_dir=shim_dir,
+        archive=BUILD / "images" / "busybox.tar",
         environment={"KATA_CONF_FILE": os.fspath(configuration)},
         cri=CriSettings(runtime=runtime, pause_image=PAUSE_NAME, network=node),
-    )
-    write_network(home)
-    try:
-        daemon.start()
-        daemon.ctr("image", "import", os.fspath(BUILD / "images" / "busybox.tar"))
+        prepare=write_network,
+    ) as daemon:
         Cri(daemon, crictl=CRICTL, image=IMAGE_NAME).wait_for_images(IMAGE_NAME, PAUSE_NAME)
         yield daemon
-    finally:
-        daemon.destroy()
 
 
 @pytest.fixture
