@@ -8,15 +8,18 @@ virtme-ng boots the kernel that set-up unpacked over the live root file system; 
 
 The command runs as root in the checkout. What it writes is gone afterwards, but for ``build/``.
 The exit status is the command's; 124 if it was not done in time, 125 if the lab could not start.
+The emulator dies now and then: a lab without a pulse is ended, and booted again if --tries allow.
 Standard library only, and virtme-ng as a program. One process group, one thread for each stream.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -52,9 +55,14 @@ _CPU = "max,svm=on,la57=off,erms=off,fsrm=off"
 # one, as the kernel would, costs a system call and an exit each time.
 _KERNEL_ARGUMENTS = "mitigations=off nokaslr norandmaps tsc=reliable audit=0"
 _TRANSLATIONS_MIB = 1024
+_PULSE_LOST_S = 180.0
 # More than one spin on each other's locks, each turn a round through the emulator's own lock.
 _CPUS = 1
 _MEMORY_MIB = 6144
+_QMP_REGISTERS = (
+    b'{"execute": "qmp_capabilities"}'
+    b'{"execute": "human-monitor-command", "arguments": {"command-line": "info registers -a"}}\n'
+)
 _ENVIRONMENT_PASSED = ("KATA_HYBRID_", "KATA_CONF_FILE", "PYTEST_", "RUST_", "CI")
 
 
@@ -74,13 +82,13 @@ class Lab:
     """Directories below /tmp to be seen in the lab, which has a /tmp of its own."""
     is_verbose: bool = False
 
-    def run(self, command: list[str] | None, *, timeout_s: float | None) -> int:
+    def run(self, command: list[str] | None, *, timeout_s: float | None, tries: int = 1) -> int:
         """Boot, run the command in the checkout, and return its exit status.
 
         ``None`` is a shell on our terminal.
 
         Raises:
-            LabError: something that the lab is made of is missing.
+            LabError: something that the lab is made of is missing, or each try died.
         """
         try:
             kernel = find_kernel()
@@ -91,6 +99,14 @@ class Lab:
                 raise LabError(f"no {program} ({source}): run make setup")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        for left in reversed(range(tries)):
+            try:
+                return self._try(kernel, command, deadline)
+            except PulseLostError as error:
+                print(f"lab: {error}{'; once more' if left else ''}", file=sys.stderr)
+        raise LabError(f"it died {tries} times")
+
+    def _try(self, kernel: Path, command: list[str] | None, deadline: float | None) -> int:
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=LAB, prefix="run-")))
             shares = {"ROOTFS": Path("/"), "lab-build": BUILD}
@@ -100,12 +116,16 @@ class Lab:
                 for word in _share(stack, scratch / f"{number}.sock", tag=tag, source=source)
             ]
             script = scratch / "command.sh"
-            script.write_text(self._script(command))
+            pulse = scratch / "pulse"
+            pulse.touch()
+            script.write_text(self._script(command, pulse))
             script.chmod(0o755)
+            monitor = scratch / "monitor.sock"
+            devices += ["-qmp", f"unix:{monitor},server=on,wait=off"]
             argv = self._argv(kernel, script, devices, is_shell=command is None)
             if command is None:
                 return subprocess.run(argv, env=_environment(), check=False).returncode
-            return _run(argv, deadline=deadline)
+            return run_watched(argv, deadline=deadline, pulse=pulse, monitor=monitor)
 
     def _argv(self, kernel: Path, script: Path, devices: list[str], *, is_shell: bool) -> list[str]:
         accelerator = ["-accel", f"tcg,thread=multi,tb-size={_TRANSLATIONS_MIB}"]
@@ -131,11 +151,12 @@ class Lab:
             *(("--shell", path) if is_shell else ("--exec", path)),
         ]
 
-    def _script(self, command: list[str] | None) -> str:
+    def _script(self, command: list[str] | None, pulse: Path) -> str:
         """Return the command as a script: a kernel's command line would have no room for it."""
         environment = {
             **{key: value for key, value in os.environ.items() if _is_passed(key)},
             "KATA_HYBRID_LAB": "1",
+            "LAB_PULSE": os.fspath(pulse),
             "HOME": os.environ.get("HOME", "/root"),
             "TERM": os.environ.get("TERM", "dumb"),
             "LANG": "C.UTF-8",
@@ -156,12 +177,12 @@ def _is_passed(name: str) -> bool:
     return name.startswith(_ENVIRONMENT_PASSED)
 
 
-def _share(stack: contextlib.ExitStack, socket: Path, *, tag: str, source: Path) -> list[str]:
+def _share(stack: contextlib.ExitStack, path: Path, *, tag: str, source: Path) -> list[str]:
     """Serve a directory to the lab until the stack unwinds; return QEMU's arguments for it."""
-    with socket.with_suffix(".log").open("wb") as log:
+    with path.with_suffix(".log").open("wb") as log:
         daemon = subprocess.Popen(
             [
-                *(os.fspath(_VIRTIOFSD), f"--socket-path={socket}", "-o", f"source={source}"),
+                *(os.fspath(_VIRTIOFSD), f"--socket-path={path}", "-o", f"source={source}"),
                 # Nobody else changes these files while the lab runs.
                 *("-o", "cache=always", "-o", "sandbox=chroot", "--thread-pool-size=0"),
             ],
@@ -173,14 +194,14 @@ def _share(stack: contextlib.ExitStack, socket: Path, *, tag: str, source: Path)
     stack.callback(daemon.wait)
     stack.callback(daemon.kill)
     give_up = time.monotonic() + 10
-    while not socket.exists():
+    while not path.exists():
         if daemon.poll() is not None or time.monotonic() > give_up:
-            said = socket.with_suffix(".log").read_text(errors="replace")
+            said = path.with_suffix(".log").read_text(errors="replace")
             raise LabError(f"virtiofsd does not serve {source}: {said.strip()}")
         time.sleep(0.02)
-    name = f"lab-{socket.stem}"
+    name = f"lab-{path.stem}"
     return [
-        *("-chardev", f"socket,id={name},path={socket}"),
+        *("-chardev", f"socket,id={name},path={path}"),
         *("-device", f"vhost-user-fs-pci,queue-size=1024,chardev={name},tag={tag}"),
     ]
 
@@ -194,11 +215,25 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": _search_path()}
 
 
-def _run(argv: list[str], *, deadline: float | None) -> int:
-    """Run a program and what it starts; end all of it when time is up or we are interrupted.
+class PulseLostError(Exception):
+    """The lab's kernel has stopped, and with it each clock that would end a test."""
 
-    The streams are pipes of ours, always: QEMU opens what it is given a second time, which would
-    begin again at the start of a file.
+
+def run_watched(
+    argv: list[str],
+    *,
+    deadline: float | None,
+    pulse: Path,
+    monitor: Path,
+    pulse_lost_s: float = _PULSE_LOST_S,
+) -> int:
+    """Run the lab; end all of it when time is up, its pulse is lost or we are interrupted.
+
+    ``pulse`` is a file that grows while the lab lives. The streams are pipes of ours, always: QEMU
+    opens what it is given a second time, which would begin again at the start of a file.
+
+    Raises:
+        PulseLostError: the file did not grow for ``pulse_lost_s`` seconds.
     """
     process = subprocess.Popen(
         argv,
@@ -212,15 +247,42 @@ def _run(argv: list[str], *, deadline: float | None) -> int:
         _copying(process.stdout, sys.stdout.fileno()),
         _copying(process.stderr, sys.stderr.fileno()),
     ):
+        beats, last = 0, time.monotonic()
         try:
-            return process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            print("lab: not done in time", file=sys.stderr)
-            return TIMED_OUT
+            while process.poll() is None:
+                now = time.monotonic()
+                if (size := pulse.stat().st_size) != beats:
+                    beats, last = size, now
+                if deadline is not None and now >= deadline:
+                    print("lab: not done in time", file=sys.stderr)
+                    return TIMED_OUT
+                if now - last > pulse_lost_s:
+                    print(_processors(monitor), file=sys.stderr)
+                    raise PulseLostError(f"no pulse for {pulse_lost_s:g} s")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(1.0, pulse_lost_s))
+            return process.returncode
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _processors(monitor: Path) -> str:
+    """Return what the emulator says about its processors: where a lab that hangs, hangs."""
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(10)
+            client.connect(os.fspath(monitor))
+            client.sendall(_QMP_REGISTERS)
+            with client.makefile("rb") as answers:
+                for line in answers:
+                    text = json.loads(line).get("return")
+                    if isinstance(text, str):
+                        return text
+    except (OSError, ValueError) as error:
+        return f"the emulator does not say where it is: {error}"
+    return "the emulator does not say where it is"
 
 
 @contextlib.contextmanager
@@ -236,9 +298,11 @@ def _copying(source: IO[bytes] | None, target: int) -> Iterator[None]:
 
     thread = threading.Thread(target=copy, daemon=True)
     thread.start()
-    yield
-    thread.join()
-    source.close()
+    try:
+        yield
+    finally:
+        thread.join()
+        source.close()
 
 
 def main() -> int:
@@ -258,6 +322,7 @@ def main() -> int:
         help="a directory below /tmp that the command needs",
     )
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS")
+    parser.add_argument("--tries", type=int, default=1, help="how often, if the emulator dies")
     parser.add_argument("--verbose", action="store_true", help="show the kernel's messages")
     parser.add_argument("--shell", action="store_true", help="a shell instead of a command")
     parser.add_argument("command", nargs="*", metavar="COMMAND")
@@ -272,7 +337,8 @@ def main() -> int:
         is_verbose=asked.verbose,
     )
     try:
-        return lab.run(asked.command or None, timeout_s=None if asked.shell else asked.timeout)
+        timeout_s = None if asked.shell else asked.timeout
+        return lab.run(asked.command or None, timeout_s=timeout_s, tries=asked.tries)
     except LabError as error:
         print(f"lab: {error}", file=sys.stderr)
         return FAILED

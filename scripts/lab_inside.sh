@@ -55,6 +55,11 @@ done
 mount --move /run/lab/tmp /tmp
 cd "$checkout"
 
+# A sign of life for lab.py, which ends a lab without it. Not a child of the command's; bash, which can
+# wait without another process.
+mkfifo /run/lab/never
+(setsid bash -c 'while echo; do read -r -t 2 <>/run/lab/never; done >>"$LAB_PULSE"' &)
+
 # Every controller for the root's children, as an init system would have it.
 for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
     echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control || fail "no cgroup controller $controller"
