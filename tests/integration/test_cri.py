@@ -176,6 +176,22 @@ def test_sysctls_are_the_pods(cri: Cri) -> None:
             assert cri.exec(container, "cat", path) == value
 
 
+def test_a_pods_limits_size_its_machine(cri: Cri, runtime: str) -> None:
+    if runtime != KATA_RUNTIME:
+        pytest.skip(f"{runtime} has no machine")
+    limits = {
+        "cpu_period": 100_000,
+        "cpu_quota": 150_000,
+        "memory_limit_in_bytes": 300 << 20,
+    }
+    with cri.pod(linux={"resources": limits}) as pod:
+        container = pod.start(*_FOREVER)
+        assert int(cri.exec(container, "nproc")) == min(2, os.cpu_count() or 1)
+        total_kib = int(cri.exec(container, "cat", "/proc/meminfo").split()[1])
+        # 128 MiB more than the limit, of which the kernel keeps some to itself.
+        assert 300 << 10 < total_kib < 428 << 10
+
+
 def test_numbers_of_containers_are_those_of_the_guest(cri: Cri) -> None:
     with cri.pod() as pod:
         container = pod.start("sh", "-c", "while :; do :; done")

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from harness.containers import CRI_SANDBOX, CRI_TYPE, Containers
+from harness.containers import CRI_SANDBOX, CRI_TYPE, KATA_RUNTIME, Containers
 from harness.deadline import wait_until
 from harness.events import EventWatcher
 from harness.leaks import find_processes
@@ -89,6 +89,15 @@ def test_update_changes_the_memory_limit(containers: Containers) -> None:
     ) as name:
         update_resources(containers.containerd, name, {"memory": {"limit": limit}})
         assert limit in _memory_limits(_metrics(containers, name))
+
+
+def test_a_containers_memory_limit_sizes_its_machine(containers: Containers, runtime: str) -> None:
+    if runtime != KATA_RUNTIME:
+        pytest.skip(f"{runtime} has no machine")
+    output = containers.run(
+        "head", "-n1", "/proc/meminfo", options=["--memory-limit", str(200 << 20)]
+    )
+    assert 200 << 10 < int(output.text.split()[1]) < 328 << 10
 
 
 def test_update_of_unknown_container_is_not_found(containers: Containers, running: str) -> None:

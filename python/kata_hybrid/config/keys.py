@@ -3,8 +3,8 @@
 A check takes the TOML value and returns ours, or raises ``ValueError`` with what was expected.
 """
 
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -52,12 +52,15 @@ def _integer(minimum: int, maximum: int) -> Check:
     return check
 
 
-def _vcpus(value: object) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value > _MAX_VCPUS:  # type: ignore[operator,arg-type]
-        message = f"a number of at most {_MAX_VCPUS} (below 0: all of the host's)"
-        raise ValueError(message)
-    return float(value)  # type: ignore[arg-type]
+def _number(minimum: float, maximum: float, expected: str) -> Check:
+    def check(value: object) -> float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # Also false for what is not a number (NaN).
+        if not is_number or not minimum <= value <= maximum:  # type: ignore[operator]
+            raise ValueError(expected)
+        return float(value)  # type: ignore[arg-type]
+
+    return check
 
 
 def _text(value: object) -> str:
@@ -118,7 +121,18 @@ _HYPERVISOR_KEYS: Mapping[str, Key] = {
     "kernel": Key("kernel", _absolute_path),
     "initrd": Key("initrd", _absolute_path),
     "kernel_params": Key("kernel_params", _kernel_params),
-    "default_vcpus": Key("default_vcpus", _vcpus),
+    "default_vcpus": Key(
+        "default_vcpus",
+        _number(
+            -sys.float_info.max,
+            _MAX_VCPUS,
+            f"a number of at most {_MAX_VCPUS} (below 0: all of the host's)",
+        ),
+    ),
+    "overhead_vcpus": Key(
+        "overhead_vcpus", _number(0.0, _MAX_VCPUS, f"a number from 0 to {_MAX_VCPUS}")
+    ),
+    "overhead_memory": Key("overhead_memory_mib", _integer(0, MAX_MEMORY_MIB)),
     "virtio_fs_cache": Key(
         "virtio_fs_cache", _enum(FolderCache, aliases={"": "never", "none": "never"})
     ),
@@ -175,6 +189,7 @@ RUNTIME_KEYS: Mapping[str, Key] = {
     "enable_debug": Key("enable_debug", _boolean),
     "log_level": Key("log_level", _enum(LogLevel)),
     "disable_guest_seccomp": Key("disable_guest_seccomp", _boolean),
+    "static_sandbox_resource_mgmt": Key("is_sized_by_limits", _boolean),
     "internetworking_model": Key("network_model", _enum(NetworkModel, aliases={"": "tcfilter"})),
 }
 

@@ -68,6 +68,10 @@ class HypervisorConfig:
     """0 means one, below 0 means all of the host's."""
     memory_mib: int = 2048
     """Key ``default_memory``."""
+    overhead_vcpus: float = 0.0
+    """Processors a machine has besides its containers' limit."""
+    overhead_memory_mib: int = 128
+    """Key ``overhead_memory``: memory a machine has besides its containers' limit."""
     shared_fs: str = "virtio-fs"
     virtio_fs_cache: FolderCache = FolderCache.AUTO
     enable_debug: bool = False
@@ -165,6 +169,8 @@ class RuntimeConfig:
     disable_guest_seccomp: bool = False
     network_model: NetworkModel = NetworkModel.TC_FILTER
     """Key ``internetworking_model``."""
+    is_sized_by_limits: bool = True
+    """Key ``static_sandbox_resource_mgmt``: a machine is as large as its containers' limits ask."""
 
     @property
     def logging_level(self) -> int:

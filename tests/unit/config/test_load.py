@@ -22,6 +22,8 @@ machine_accelerators = "accel=tcg"
 kernel_params = 'one=1 "quoted=a b" two'
 default_vcpus = 2.5
 default_memory = 512
+overhead_vcpus = 0.5
+overhead_memory = 64
 shared_fs = "virtio-fs"
 virtio_fs_daemon = "/usr/lib/qemu/virtiofsd"
 virtio_fs_cache = "none"
@@ -41,6 +43,7 @@ agent_name = "kata"
 name = "virt_container"
 log_level = "debug"
 disable_guest_seccomp = true
+static_sandbox_resource_mgmt = false
 """
 
 
@@ -62,6 +65,7 @@ def test_every_key_arrives(tmp_path: Path) -> None:
     assert config.qemu.kernel_params == ("one=1", '"quoted=a b"', "two")
     assert config.qemu.vcpu_count(host_cpu_count=8) == 3
     assert config.qemu.memory_mib == 512
+    assert (config.qemu.overhead_vcpus, config.qemu.overhead_memory_mib) == (0.5, 64)
     assert config.qemu.virtio_fs_cache is FolderCache.NEVER
     assert config.qemu.virtio_fs_daemon == Path("/usr/lib/qemu/virtiofsd")
     assert config.agent.boot_timeout_s == 10
@@ -71,6 +75,7 @@ def test_every_key_arrives(tmp_path: Path) -> None:
     assert config.runtime.log_level is LogLevel.DEBUG
     assert config.runtime.logging_level == logging.DEBUG
     assert config.runtime.disable_guest_seccomp
+    assert not config.runtime.is_sized_by_limits
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
@@ -108,6 +113,9 @@ def test_an_unknown_table_is_named_with_the_nearest(tmp_path: Path) -> None:
         ("default_memory = 64", "whole number from 128"),
         ("default_vcpus = nan", "a number"),
         ("default_vcpus = 'two'", "a number"),
+        ("default_vcpus = 1025", "a number of at most 1024"),
+        ("overhead_vcpus = -0.5", "a number from 0"),
+        ("overhead_memory = 1.5", "whole number from 0"),
         ("enable_debug = 1", "true or false"),
         ("kernel = 'vmlinux'", "an absolute path"),
         ("kernel = ''", "an absolute path"),

@@ -35,6 +35,7 @@ from kata_hybrid.resource.share_fs.virtiofsd import VirtiofsdShare, virtiofsd_se
 from kata_hybrid.runtimes.base import CreateRequest
 from kata_hybrid.runtimes.oci.spec import Spec
 from kata_hybrid.runtimes.virt.guest import VirtGuest
+from kata_hybrid.runtimes.virt.sizing import sandbox_limits, sized
 from kata_hybrid.types import SandboxId
 
 _log = logging.getLogger(__name__)
@@ -65,8 +66,10 @@ class VirtGuestFactory:
 
         Raises:
             InvalidConfigError: the configuration is wrong.
+            InvalidSpecError: a limit of the sandbox's is no number.
             FailedPreconditionError: the host lacks something; the text says what and how to get it.
         """
+        limits = sandbox_limits(spec)
         config = load_config(
             environment=os.environ, option_path=request.config_path or self._config_path
         )
@@ -76,6 +79,7 @@ class VirtGuestFactory:
         if not logging.getLogger().isEnabledFor(logging.DEBUG):
             # containerd's -debug wins over the file.
             logging.getLogger().setLevel(config.runtime.logging_level)
+        config = sized(config, limits)
         # The cache of findings lies in the run root, two folders above a sandbox's own.
         report = await probe_host(
             config.qemu,

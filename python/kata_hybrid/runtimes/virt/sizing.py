@@ -1,0 +1,107 @@
+"""How large a machine a sandbox gets: what its pod or container is limited to, plus an overhead.
+
+containerd writes the sum of a pod's limits into the annotations of its sandbox (containerd,
+``pkg/cri/annotations``); a container on its own has them in ``linux.resources`` (runtime-spec,
+config-linux.md). Each limit sizes only what it limits: without one, the file's default holds.
+"""
+
+import dataclasses
+import logging
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from kata_hybrid.config.model import MIN_MEMORY_MIB, Config, HypervisorConfig
+from kata_hybrid.errors import InvalidSpecError
+from kata_hybrid.runtimes.oci.kind import SANDBOX, container_kind
+from kata_hybrid.runtimes.oci.spec import Spec, as_object
+from kata_hybrid.types import JsonObject
+
+_log = logging.getLogger(__name__)
+
+_ANNOTATION: Final = "io.kubernetes.cri.sandbox-"
+_NAMES: Final = ("cpu-quota", "cpu-period", "memory")
+_WHOLE: Final = re.compile(r"-?[0-9]{1,19}")
+_MIB: Final = 1 << 20
+_Table = TypeVar("_Table", bound=HypervisorConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the containers of a sandbox may use together; None: all there is."""
+
+    cpus: float | None = None
+    memory_bytes: int | None = None
+
+
+def sandbox_limits(spec: Spec) -> Limits:
+    """Return the limits of the sandbox whose first container this is.
+
+    Raises:
+        InvalidSpecError: a limit is not a whole number; the text names it.
+    """
+    if container_kind(spec.annotations) == SANDBOX:
+        prefix, values = _ANNOTATION, _annotated(spec.annotations)
+    else:
+        prefix, values = "linux.resources: ", _resources(spec.raw)
+    quota, period, memory = (
+        _whole(value, prefix + name) for name, value in zip(_NAMES, values, strict=True)
+    )
+    return Limits(
+        cpus=quota / period if quota > 0 and period > 0 else None,
+        memory_bytes=memory if memory > 0 else None,
+    )
+
+
+def sized(config: Config, limits: Limits) -> Config:
+    """Return the configuration with machines of the size that the limits ask for."""
+    if not config.runtime.is_sized_by_limits:
+        if limits != Limits():
+            _log.warning(
+                "static_sandbox_resource_mgmt = false: machines do not grow, it has its defaults"
+            )
+        return config
+    host_mib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MIB
+    return dataclasses.replace(
+        config,
+        builtin=_sized_table(config.builtin, limits, host_mib),
+        qemu=_sized_table(config.qemu, limits, host_mib),
+    )
+
+
+def _sized_table(table: _Table, limits: Limits, host_mib: int) -> _Table:
+    if limits.cpus is not None:
+        vcpus = max(1.0, table.overhead_vcpus + limits.cpus)
+        table = dataclasses.replace(table, default_vcpus=vcpus)
+    if limits.memory_bytes is not None:
+        asked = table.overhead_memory_mib + math.ceil(limits.memory_bytes / _MIB)
+        # A limit may be more than the host has; a machine of that size would only cost its pages.
+        memory = max(MIN_MEMORY_MIB, min(asked, host_mib))
+        table = dataclasses.replace(table, memory_mib=memory + memory % 2)
+    return table
+
+
+def _annotated(annotations: dict[str, str]) -> tuple[object, ...]:
+    return tuple(annotations.get(_ANNOTATION + name) for name in _NAMES)
+
+
+def _resources(raw: JsonObject) -> tuple[object, ...]:
+    linux = as_object(raw.get("linux") or {}, "linux")
+    resources = as_object(linux.get("resources") or {}, "linux.resources")
+    cpu = as_object(resources.get("cpu") or {}, "linux.resources.cpu")
+    memory = as_object(resources.get("memory") or {}, "linux.resources.memory")
+    return cpu.get("quota"), cpu.get("period"), memory.get("limit")
+
+
+def _whole(value: object, name: str) -> int:
+    """Return a number of the spec's, or one that an annotation spells; nothing is 0."""
+    if value is None or value == "":
+        return 0
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    message = f"{name} = {value!r} is not a whole number"
+    raise InvalidSpecError(message)
