@@ -30,7 +30,7 @@ test: setup ## Run all tests: Python, Rust, integration on both containerds, som
 	cargo test --workspace --locked --quiet --bench '*'
 	KATA_HYBRID_REQUIRE=integration,vm $(BIN)/python -m pytest -m '(integration or vm) and not lab'
 	@PYTHONPATH=tests $(BIN)/python -m lab_guest.image
-	KATA_HYBRID_LAB_QUICK=1 $(BIN)/python scripts/lab.py --timeout 1500 --tries 2 -- scripts/lab_suite.sh
+	KATA_HYBRID_LAB_QUICK=1 $(BIN)/python scripts/lab.py --timeout 1000 --tries 2 -- scripts/lab_suite.sh
 
 .PHONY: test-unit
 test-unit: setup-dev ## Run the Python tests that need nothing but Python

@@ -8,7 +8,8 @@ virtme-ng boots the kernel that set-up unpacked over the live root file system; 
 
 The command runs as root in the checkout. What it writes is gone afterwards, but for ``build/``.
 The exit status is the command's; 124 if it was not done in time, 125 if the lab could not start.
-The emulator dies now and then: a lab without a pulse is ended, and booted again if --tries allow.
+The emulator dies now and then: a lab without a pulse is ended. What died, or was not done in time,
+is done again if --tries allow.
 Standard library only, and virtme-ng as a program. One process group, one thread for each stream.
 """
 
@@ -88,7 +89,7 @@ class Lab:
         ``None`` is a shell on our terminal.
 
         Raises:
-            LabError: something that the lab is made of is missing, or each try died.
+            LabError: something that the lab is made of is missing.
         """
         try:
             kernel = find_kernel()
@@ -97,16 +98,16 @@ class Lab:
         for program, source in _PROGRAMS:
             if shutil.which(program, path=_search_path()) is None:
                 raise LabError(f"no {program} ({source}): run make setup")
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         for left in reversed(range(tries)):
-            try:
-                return self._try(kernel, command, deadline)
-            except PulseLostError as error:
-                print(f"lab: {error}{'; once more' if left else ''}", file=sys.stderr)
-        raise LabError(f"it died {tries} times")
+            status = self._try(kernel, command, timeout_s)
+            if status != TIMED_OUT or not left:
+                break
+            print("lab: once more", file=sys.stderr)
+        return status
 
-    def _try(self, kernel: Path, command: list[str] | None, deadline: float | None) -> int:
+    def _try(self, kernel: Path, command: list[str] | None, timeout_s: float | None) -> int:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=LAB, prefix="run-")))
             shares = {"ROOTFS": Path("/"), "lab-build": BUILD}
@@ -215,10 +216,6 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": _search_path()}
 
 
-class PulseLostError(Exception):
-    """The lab's kernel has stopped, and with it each clock that would end a test."""
-
-
 def run_watched(
     argv: list[str],
     *,
@@ -229,11 +226,9 @@ def run_watched(
 ) -> int:
     """Run the lab; end all of it when time is up, its pulse is lost or we are interrupted.
 
-    ``pulse`` is a file that grows while the lab lives. The streams are pipes of ours, always: QEMU
-    opens what it is given a second time, which would begin again at the start of a file.
-
-    Raises:
-        PulseLostError: the file did not grow for ``pulse_lost_s`` seconds.
+    ``pulse`` is a file that grows while the lab's kernel works, and with it the clocks that end a
+    test. The streams are pipes of ours, always: QEMU opens what it is given a second time, which
+    would begin again at the start of a file.
     """
     process = subprocess.Popen(
         argv,
@@ -253,12 +248,12 @@ def run_watched(
                 now = time.monotonic()
                 if (size := pulse.stat().st_size) != beats:
                     beats, last = size, now
-                if deadline is not None and now >= deadline:
-                    print("lab: not done in time", file=sys.stderr)
-                    return TIMED_OUT
-                if now - last > pulse_lost_s:
+                is_late = deadline is not None and now >= deadline
+                if is_late or now - last > pulse_lost_s:
                     print(_processors(monitor), file=sys.stderr)
-                    raise PulseLostError(f"no pulse for {pulse_lost_s:g} s")
+                    what = "not done in time" if is_late else f"no pulse for {pulse_lost_s:g} s"
+                    print(f"lab: {what}; last one {now - last:.0f} s ago", file=sys.stderr)
+                    return TIMED_OUT
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(min(1.0, pulse_lost_s))
             return process.returncode
@@ -322,7 +317,7 @@ def main() -> int:
         help="a directory below /tmp that the command needs",
     )
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS")
-    parser.add_argument("--tries", type=int, default=1, help="how often, if the emulator dies")
+    parser.add_argument("--tries", type=int, default=1, help="how often, each with its own timeout")
     parser.add_argument("--verbose", action="store_true", help="show the kernel's messages")
     parser.add_argument("--shell", action="store_true", help="a shell instead of a command")
     parser.add_argument("command", nargs="*", metavar="COMMAND")
