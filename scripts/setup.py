@@ -48,11 +48,13 @@ _CONFIGURATION = """\
 kernel = "{guest}/vmlinux"
 initrd = "{guest}/initrd.img"
 default_memory = 512
+enable_annotations = ["default_memory", "default_vcpus"]
 
 [hypervisor.qemu]
 kernel = "{guest}/vmlinux"
 initrd = "{guest}/initrd.img"
 default_memory = 512
+enable_annotations = ["default_memory", "default_vcpus"]
 """
 
 

@@ -16,6 +16,7 @@ from harness.events import EventWatcher
 from harness.leaks import find_processes
 from harness.tasks_api import update_resources
 
+_HYPERVISOR = "io.katacontainers.config.hypervisor."
 _BUSY = "i=0; while :; do i=$((i+1)); echo $i > /tmp/count; done"
 # The file is empty for a moment each time.
 _COUNTS_ON = """
@@ -98,6 +99,31 @@ def test_a_containers_memory_limit_sizes_its_machine(containers: Containers, run
         "head", "-n1", "/proc/meminfo", options=["--memory-limit", str(200 << 20)]
     )
     assert 200 << 10 < int(output.text.split()[1]) < 328 << 10
+
+
+def test_an_annotation_sizes_the_machine_whatever_the_limit(
+    containers: Containers, runtime: str
+) -> None:
+    if runtime != KATA_RUNTIME:
+        pytest.skip(f"{runtime} has no machine")
+    output = containers.run(
+        *("head", "-n1", "/proc/meminfo"),
+        options=[
+            "--memory-limit",
+            str(64 << 20),
+            "--annotation",
+            f"{_HYPERVISOR}default_memory=300",
+        ],
+    )
+    assert 200 << 10 < int(output.text.split()[1]) < 300 << 10
+
+
+def test_an_annotation_that_is_not_allowed_is_refused(containers: Containers, runtime: str) -> None:
+    if runtime != KATA_RUNTIME:
+        pytest.skip(f"{runtime} has no machine")
+    output = containers.attempt("true", options=["--annotation", f"{_HYPERVISOR}path=/bin/true"])
+    assert output.status != 0
+    assert f"annotation {_HYPERVISOR}path is not allowed" in output.error
 
 
 def test_update_of_unknown_container_is_not_found(containers: Containers, running: str) -> None:

@@ -95,6 +95,10 @@ def examine(
             parts = missing_parts(config, report, other)
             found.extend(_unused_finding(part, other) for part in parts if part not in missing)
     found.append(_shim_finding(environment))
+    found.extend(
+        Finding(name="configuration", state="note", detail=f"{notice}: not implemented, ignored")
+        for notice in config.notices
+    )
     # What is missing says more than what was found of the same thing.
     names = {finding.name for finding in found if finding.state == "missing"}
     return tuple(

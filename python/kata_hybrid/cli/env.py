@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import platform
+import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -79,7 +80,9 @@ def _plain_value(value: object) -> object:
         return str(value)
     if isinstance(value, Enum):
         return value.value
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, re.Pattern):
+        return value.pattern
+    return [_plain_value(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def _flatten(prefix: str, value: object) -> Iterator[tuple[str, str]]:

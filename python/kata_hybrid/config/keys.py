@@ -88,6 +88,14 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(_text(entry) for entry in value)
 
 
+def _patterns(value: object) -> tuple[re.Pattern[str], ...]:
+    try:
+        return tuple(re.compile(text) for text in _texts(value))
+    except re.error as error:
+        message = f"a list of regular expressions: {error}"
+        raise ValueError(message) from error
+
+
 def _kernel_params(value: object) -> tuple[str, ...]:
     """Split at blanks outside double quotes, as the kernel does; the quotes stay."""
     text = _text(value)
@@ -129,6 +137,8 @@ _HYPERVISOR_KEYS: Mapping[str, Key] = {
             f"a number of at most {_MAX_VCPUS} (below 0: all of the host's)",
         ),
     ),
+    "default_maxvcpus": Key("max_vcpus", _integer(0, _MAX_VCPUS)),
+    "default_maxmemory": Key("max_memory_mib", _integer(0, MAX_MEMORY_MIB)),
     "overhead_vcpus": Key(
         "overhead_vcpus", _number(0.0, _MAX_VCPUS, f"a number from 0 to {_MAX_VCPUS}")
     ),
@@ -137,6 +147,7 @@ _HYPERVISOR_KEYS: Mapping[str, Key] = {
         "virtio_fs_cache", _enum(FolderCache, aliases={"": "never", "none": "never"})
     ),
     "enable_debug": Key("enable_debug", _boolean),
+    "enable_annotations": Key("enable_annotations", _patterns),
 }
 
 BUILTIN_KEYS: Mapping[str, Key] = {
@@ -159,6 +170,9 @@ BUILTIN_KEYS: Mapping[str, Key] = {
 QEMU_KEYS: Mapping[str, Key] = {
     **_HYPERVISOR_KEYS,
     "path": Key("path", _optional_path),
+    "valid_hypervisor_paths": Key("valid_paths", _texts),
+    "valid_virtio_fs_daemon_paths": Key("valid_virtio_fs_daemons", _texts),
+    "valid_entropy_sources": Key("valid_entropy_sources", _texts),
     "machine_type": Key("machine_type", _choice("q35", aliases={"": "q35"})),
     "machine_accelerators": Key("machine_accelerators", _text),
     "cpu_features": Key("cpu_features", _text),
@@ -178,6 +192,7 @@ AGENT_KEYS: Mapping[str, Key] = {
     "create_container_timeout": Key("request_timeout_s", _integer(1, 24 * 3600)),
     "health_check_request_timeout_ms": Key("health_check_request_timeout_ms", _MILLISECONDS),
     "container_pipe_size": Key("container_pipe_size", _integer(0, 1 << 30)),
+    "enable_annotations": Key("enable_annotations", _patterns),
 }
 
 RUNTIME_KEYS: Mapping[str, Key] = {
@@ -189,6 +204,7 @@ RUNTIME_KEYS: Mapping[str, Key] = {
     "enable_debug": Key("enable_debug", _boolean),
     "log_level": Key("log_level", _enum(LogLevel)),
     "disable_guest_seccomp": Key("disable_guest_seccomp", _boolean),
+    "enable_annotations": Key("enable_annotations", _patterns),
     "static_sandbox_resource_mgmt": Key("is_sized_by_limits", _boolean),
     "internetworking_model": Key("network_model", _enum(NetworkModel, aliases={"": "tcfilter"})),
 }

@@ -3,6 +3,8 @@
 The first of these that is given or exists: ``$KATA_CONF_FILE``, the ``ConfigPath`` option of
 containerd, the default paths, else the built-in defaults. Regular files in ``config.d`` beside the
 (resolved) file follow in order of their names; each is checked by itself, then later values win.
+
+A key that is Kata's and not ours (``foreign.py``) is told in ``Config.notices``, or refused.
 """
 
 import dataclasses
@@ -12,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kata_hybrid.config.foreign import FOREIGN, FOREIGN_MONITORS, MOVED, ForeignKey
 from kata_hybrid.config.keys import TABLE_ALIASES, TABLES, Key
 from kata_hybrid.config.model import (
     AgentConfig,
@@ -30,6 +33,7 @@ DEFAULT_PATHS = (
 )
 DROP_IN_DIR = "config.d"
 _MAX_FILE_BYTES = 1 << 20
+_TWO_LEVELS = 2
 _Table = tuple[str, ...]
 _Section = TypeVar("_Section", BuiltinConfig, QemuConfig, AgentConfig, RuntimeConfig)
 
@@ -74,8 +78,9 @@ def read_config(path: Path) -> Config:
     """
     files = (path, *_drop_ins(path))
     fields: dict[_Table, dict[str, Any]] = {table: {} for table in TABLES}
+    notices: list[str] = []
     for file in files:
-        for table, field, value in _parse(file):
+        for table, field, value in _parse(file, notices):
             fields[table][field] = value
     _name_the_only_hypervisor(fields)
     return Config(
@@ -84,6 +89,7 @@ def read_config(path: Path) -> Config:
         agent=_fill(AgentConfig(), fields["agent", "kata"]),
         runtime=_fill(RuntimeConfig(), fields[("runtime",)]),
         files=files,
+        notices=tuple(notices),
     )
 
 
@@ -112,39 +118,52 @@ def _drop_ins(path: Path) -> list[Path]:
     return entries
 
 
-def _parse(path: Path) -> Iterator[tuple[_Table, str, object]]:
-    """Yield (table, field, value) for every key of a file."""
-    document = _read_toml(path)
-    tables = {table[0] for table in TABLES}
-    for name, value in document.items():
-        if name not in tables:
-            raise _unknown(path, key=name, value=value, known=_table_names())
-        if (name,) in TABLES:
-            yield from _parse_table(path, (name,), value)
+def _parse(path: Path, notices: list[str]) -> Iterator[tuple[_Table, str, object]]:
+    """Yield (table, field, value) for every key of a file; add what is ignored to ``notices``."""
+    for table, entries in _tables(path):
+        known = TABLE_ALIASES.get(table, table)
+        if table[0] == "hypervisor" and table[1] in FOREIGN_MONITORS:
+            notices.append(f"table [{'.'.join(table)}]: no such machine monitor here")
+            continue
+        if known not in TABLES and known not in FOREIGN:
+            raise _unknown(path, key=".".join(table), value=entries, known=_table_names())
+        for name, value in _expect_table(path, table, entries).items():
+            place, key_name = MOVED.get((known, name), (known, name))
+            dotted = ".".join((*table, name))
+            keys = TABLES.get(place, {})
+            if key := keys.get(key_name):
+                yield place, key.field, _check(path, key, dotted=dotted, value=value)
+            elif foreign := FOREIGN.get(known, {}).get(name):
+                if notice := _foreign(path, foreign, dotted=dotted, value=value):
+                    notices.append(notice)
+            else:
+                names = list(keys) or list(FOREIGN[known])
+                raise _unknown(path, key=dotted, value=value, known=names)
+
+
+def _tables(path: Path) -> Iterator[tuple[_Table, object]]:
+    """Yield each table of a file: of two levels where Kata has one for each kind of a part."""
+    outer = {table[0]: len(table) for table in (*TABLES, *FOREIGN)}
+    for name, value in _read_toml(path).items():
+        if outer.get(name) != _TWO_LEVELS:
+            yield (name,), value
             continue
         for inner, table in _expect_table(path, (name,), value).items():
-            if _known_table((name, inner)) not in TABLES:
-                raise _unknown(path, key=f"{name}.{inner}", value=table, known=_table_names())
-            yield from _parse_table(path, (name, inner), table)
+            yield (name, inner), table
 
 
-def _known_table(table: _Table) -> _Table:
-    return TABLE_ALIASES.get(table, table)
+def _foreign(path: Path, key: ForeignKey, *, dotted: str, value: object) -> str:
+    """Return what to tell of a key that is Kata's only; nothing for a value without effect."""
+    if key.is_harmless(value):
+        return ""
+    if key.refusal:
+        message = f"configuration {path}: {dotted} = {value!r} is not implemented: {key.refusal}"
+        raise InvalidConfigError(message)
+    return f"{dotted} = {value!r}"
 
 
 def _table_names() -> list[str]:
     return [".".join(table) for table in (*TABLES, *TABLE_ALIASES)]
-
-
-def _parse_table(path: Path, table: _Table, value: object) -> Iterator[tuple[_Table, str, object]]:
-    known = _known_table(table)
-    keys = TABLES[known]
-    for name, entry in _expect_table(path, table, value).items():
-        dotted = ".".join((*table, name))
-        key = keys.get(name)
-        if key is None:
-            raise _unknown(path, key=dotted, value=entry, known=list(keys))
-        yield known, key.field, _check(path, key, dotted=dotted, value=entry)
 
 
 def _check(path: Path, key: Key, *, dotted: str, value: object) -> object:

@@ -4,16 +4,20 @@
 the key of the file where it differs.
 """
 
+import dataclasses
 import logging
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kata_hybrid.types import FolderCache
 
+Patterns = tuple[re.Pattern[str], ...]
+ANY: Patterns = (re.compile(".*"),)
 GUEST_DIR = Path("/usr/share/kata-hybrid/guest")
 MIN_MEMORY_MIB = 128
 MAX_MEMORY_MIB = 16 << 20
@@ -68,17 +72,24 @@ class HypervisorConfig:
     """0 means one, below 0 means all of the host's."""
     memory_mib: int = 2048
     """Key ``default_memory``."""
+    max_vcpus: int = 0
+    """Key ``default_maxvcpus``; 0: what the host has."""
+    max_memory_mib: int = 0
+    """Key ``default_maxmemory``; 0: what the host has."""
     overhead_vcpus: float = 0.0
     """Processors a machine has besides its containers' limit."""
     overhead_memory_mib: int = 128
     """Key ``overhead_memory``: memory a machine has besides its containers' limit."""
     shared_fs: str = "virtio-fs"
     virtio_fs_cache: FolderCache = FolderCache.AUTO
+    enable_annotations: Patterns = ()
+    """Names below ``io.katacontainers.config.hypervisor.`` that pods may use."""
     enable_debug: bool = False
 
     def vcpu_count(self, *, host_cpu_count: int | None = None) -> int:
         """Return how many vCPUs a machine gets: whole, at least one, at most the host's."""
-        host = min(host_cpu_count or os.cpu_count() or 1, self.MAX_VCPUS)
+        host = min(host_cpu_count or os.cpu_count() or 1, self.max_vcpus or self.MAX_VCPUS)
+        host = min(host, self.MAX_VCPUS)
         if self.default_vcpus < 0:
             return host
         return max(1, min(math.ceil(self.default_vcpus), host))
@@ -116,6 +127,11 @@ class QemuConfig(HypervisorConfig):
     """Appended to the machine options; ``accel=tcg`` or ``accel=kvm`` in it skips the choice."""
     cpu_features: str = ""
     entropy_source: Path = Path("/dev/urandom")
+    valid_paths: tuple[str, ...] = ()
+    """Key ``valid_hypervisor_paths``: globs that an annotation's ``path`` has to match."""
+    valid_virtio_fs_daemons: tuple[str, ...] = ()
+    """Key ``valid_virtio_fs_daemon_paths``."""
+    valid_entropy_sources: tuple[str, ...] = ()
     virtio_fs_daemon: Path | None = None
     virtio_fs_extra_args: tuple[str, ...] = ()
 
@@ -134,6 +150,8 @@ class AgentConfig:
     """Key ``create_container_timeout``: the deadline of every request that has one."""
     health_check_request_timeout_ms: int = 90_000
     container_pipe_size: int = 0
+    enable_annotations: Patterns = ANY
+    """As in ``[hypervisor.…]``; in Kata any is allowed."""
 
     @property
     def boot_timeout_s(self) -> float:
@@ -169,6 +187,8 @@ class RuntimeConfig:
     disable_guest_seccomp: bool = False
     network_model: NetworkModel = NetworkModel.TC_FILTER
     """Key ``internetworking_model``."""
+    enable_annotations: Patterns = ANY
+    """As in ``[hypervisor.…]``; in Kata any is allowed."""
     is_sized_by_limits: bool = True
     """Key ``static_sandbox_resource_mgmt``: a machine is as large as its containers' limits ask."""
 
@@ -176,6 +196,9 @@ class RuntimeConfig:
     def logging_level(self) -> int:
         """The level for Python's ``logging``."""
         return logging.DEBUG if self.enable_debug else _LOGGING_LEVELS[self.log_level]
+
+
+Section = BuiltinConfig | QemuConfig | AgentConfig | RuntimeConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +210,8 @@ class Config:
     agent: AgentConfig = field(default_factory=AgentConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     files: tuple[Path, ...] = ()
+    notices: tuple[str, ...] = ()
+    """What the files ask for that is not implemented, and is ignored."""
 
     def hypervisor(self, name: HypervisorName) -> HypervisorConfig:
         """Return the table of a monitor."""
@@ -195,3 +220,13 @@ class Config:
                 return self.builtin
             case HypervisorName.QEMU:
                 return self.qemu
+
+    def section(self, table: tuple[str, ...]) -> Section:
+        """Return a table by its name in the file."""
+        section: Section = getattr(self, table[-1] if table[0] == "hypervisor" else table[0])
+        return section
+
+    def with_section(self, table: tuple[str, ...], section: Section) -> "Config":
+        """Return the same with another content of a table."""
+        fields: dict[str, Any] = {table[-1] if table[0] == "hypervisor" else table[0]: section}
+        return dataclasses.replace(self, **fields)

@@ -87,6 +87,12 @@ def test_a_shim_that_containerd_will_not_find_is_a_note(config: Config) -> None:
     assert "containerd-shim-kata-hybrid-v2 is not on PATH" in check(config, REPORT)[1]
 
 
+def test_what_a_file_asks_for_in_vain_is_a_note(config: Config) -> None:
+    status, text = check(replace(config, notices=("runtime.keep_abnormal = True",)), REPORT)
+    assert status == EXIT_OK
+    assert "runtime.keep_abnormal = True: not implemented, ignored" in text
+
+
 GOOD = replace(REPORT, kvm=KvmFinding(is_usable=True, reason="a test guest ran"))
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kata_hybrid.config.foreign import FOREIGN
 from kata_hybrid.config.keys import TABLES
 from kata_hybrid.config.load import CONFIG_FILE_VARIABLE, find_config, load_config, read_config
 from kata_hybrid.config.model import BuiltinConfig, Config, HypervisorName, LogLevel, QemuConfig
@@ -324,3 +325,108 @@ def test_the_builtin_monitor_has_fewer_processors_than_a_large_host() -> None:
     assert Config().builtin.vcpu_count(host_cpu_count=64) == 1
     config = BuiltinConfig(default_vcpus=-1)
     assert config.vcpu_count(host_cpu_count=64) == 32
+
+
+# --- keys of Kata's only --------------------------------------------------------------------------
+
+SHIPPED = """
+[hypervisor.qemu]
+path = "/usr/bin/qemu-system-x86_64"
+kernel = "/k/vmlinux"
+initrd = "/k/initrd.img"
+rootfs_type = "ext4"
+enable_annotations = ["enable_iommu", "kernel_params", "default_.*"]
+valid_hypervisor_paths = ["/usr/bin/qemu*"]
+kernel_params = "cgroup_no_v1=all"
+firmware = ""
+cpu_features = "pmu=off"
+default_maxvcpus = 0
+default_bridges = 1
+default_memory = 2048
+memory_slots = 10
+default_maxmemory = 0
+block_device_driver = "virtio-scsi"
+block_device_aio = "io_uring"
+disable_block_device_use = false
+enable_virtio_mem = false
+virtio_fs_cache_size = 0
+virtio_fs_queue_size = 1024
+hot_plug_vfio = "no-port"
+disable_guest_selinux = true
+
+[hypervisor.qemu.factory]
+enable_template = false
+
+[hypervisor.clh]
+path = "/usr/bin/cloud-hypervisor"
+
+[agent.kata]
+dial_timeout_ms = 45
+kernel_modules = []
+[agent.kata.mem_agent]
+mem_agent_enable = false
+
+[factory]
+vm_cache_number = 0
+
+[runtime]
+hypervisor_name = "qemu"
+create_container_timeout = 60
+sandbox_cgroup_only = true
+vfio_mode = "guest-kernel"
+dan_conf = "/no/such/folder"
+experimental = []
+"""
+
+
+def test_a_file_like_katas_is_read_and_what_is_missing_is_noted(tmp_path: Path) -> None:
+    config = read_config(write(tmp_path / "c.toml", SHIPPED))
+    assert config.qemu.memory_mib == 2048
+    assert config.qemu.valid_paths == ("/usr/bin/qemu*",)
+    assert [pattern.pattern for pattern in config.qemu.enable_annotations][-1] == "default_.*"
+    assert config.agent.request_timeout_s == 60
+    assert config.notices == (
+        "table [hypervisor.clh]: no such machine monitor here",
+        "runtime.sandbox_cgroup_only = True",
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "confidential_guest = true",
+        "rootless = true",
+        "kernel_verity_params = 'root_hash=1'",
+        "image = '/opt/kata/kata-containers.img'",
+        "seccomp_sandbox = 'on'",
+    ],
+)
+def test_a_key_whose_loss_would_matter_is_refused(tmp_path: Path, line: str) -> None:
+    text = refused(tmp_path, f"[hypervisor.qemu]\n{line}\n")
+    assert f"hypervisor.qemu.{line.split(' ', maxsplit=1)[0]}" in text
+    assert "not implemented" in text
+
+
+def test_a_table_that_is_switched_on_is_noted(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", "[agent.kata.mem_agent]\nenable = true\n")
+    assert read_config(path).notices == ("agent.kata.mem_agent = {'enable': True}",)
+
+
+def test_an_unknown_key_of_a_table_that_is_katas_only_is_named(tmp_path: Path) -> None:
+    assert "template_path" in refused(tmp_path, "[factory]\ntemplat_path = 'x'\n")
+
+
+def test_a_monitor_that_is_not_here_cannot_be_chosen(tmp_path: Path) -> None:
+    assert "one of builtin, qemu" in refused(
+        tmp_path, "[hypervisor.clh]\n[runtime]\nhypervisor_name = 'clh'\n"
+    )
+
+
+def test_no_key_is_both_ours_and_katas_only() -> None:
+    for table, keys in FOREIGN.items():
+        assert not keys.keys() & TABLES.get(table, {}).keys()
+
+
+def test_a_wrong_pattern_is_named(tmp_path: Path) -> None:
+    text = refused(tmp_path, "[hypervisor.qemu]\nenable_annotations = ['(']\n")
+    assert "a list of regular expressions" in text

@@ -15,6 +15,7 @@ from kata_hybrid._native import vsock
 from kata_hybrid.agent.client import AgentClient
 from kata_hybrid.aio.events import NativeEvents
 from kata_hybrid.aio.process import ProcessReaper
+from kata_hybrid.config.annotations import annotated
 from kata_hybrid.config.load import load_config
 from kata_hybrid.config.model import Config
 from kata_hybrid.errors import UnimplementedError
@@ -66,20 +67,23 @@ class VirtGuestFactory:
 
         Raises:
             InvalidConfigError: the configuration is wrong.
-            InvalidSpecError: a limit of the sandbox's is no number.
+            InvalidSpecError: an annotation or a limit of the sandbox's is wrong or not allowed.
             FailedPreconditionError: the host lacks something; the text says what and how to get it.
         """
         limits = sandbox_limits(spec)
         config = load_config(
             environment=os.environ, option_path=request.config_path or self._config_path
         )
+        # What a pod asks for in words comes before what its limits make of it.
+        config = annotated(sized(config, limits), spec.annotations)
         if config.runtime.name != RUNTIME_NAME:
             message = f"runtime.name {config.runtime.name!r}: only {RUNTIME_NAME!r} is implemented"
             raise UnimplementedError(message)
         if not logging.getLogger().isEnabledFor(logging.DEBUG):
             # containerd's -debug wins over the file.
             logging.getLogger().setLevel(config.runtime.logging_level)
-        config = sized(config, limits)
+        if config.notices:
+            _log.warning("not implemented, ignored", extra={"configuration": list(config.notices)})
         # The cache of findings lies in the run root, two folders above a sandbox's own.
         report = await probe_host(
             config.qemu,

@@ -78,7 +78,7 @@ def _sized_table(table: _Table, limits: Limits, host_mib: int) -> _Table:
     if limits.memory_bytes is not None:
         asked = table.overhead_memory_mib + math.ceil(limits.memory_bytes / _MIB)
         # A limit may be more than the host has; a machine of that size would only cost its pages.
-        memory = max(MIN_MEMORY_MIB, min(asked, host_mib))
+        memory = max(MIN_MEMORY_MIB, min(asked, table.max_memory_mib or host_mib))
         table = dataclasses.replace(table, memory_mib=memory + memory % 2)
     return table
 
