@@ -7,7 +7,8 @@ virtme-ng boots the kernel that set-up unpacked over the live root file system; 
     python scripts/lab.py --shell
 
 The command runs as root in the checkout. What it writes is gone afterwards, but for ``build/``.
-The exit status is the command's; 124 if it was not done in time, 125 if the lab could not start.
+The exit status is the command's; 124 if it was not done in time or the lab died, 125 if the lab
+could not start.
 The emulator dies now and then: a lab without a pulse is ended. What died, or was not done in time,
 is done again if --tries allow.
 Standard library only, and virtme-ng as a program. One process group, one thread for each stream.
@@ -37,6 +38,8 @@ from setup_steps import BUILD, ROOT, SetupError
 VENV_BIN = ROOT / ".venv" / "bin"
 TIMED_OUT = 124
 FAILED = 125
+_NO_STATUS = 255
+"""virtme-ng's, where the machine ended before the command did."""
 _INSIDE = Path(__file__).with_name("lab_inside.sh")
 # Not virtme-ng's own 9p: it caches nothing, and each import of a module would ask the host again.
 _VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
@@ -101,12 +104,13 @@ class Lab:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         for left in reversed(range(tries)):
             status = self._try(kernel, command, timeout_s)
-            if status != TIMED_OUT or not left:
-                break
-            print("lab: once more", file=sys.stderr)
-        return status
+            if status is not None:
+                return status
+            if left:
+                print("lab: once more", file=sys.stderr)
+        return TIMED_OUT
 
-    def _try(self, kernel: Path, command: list[str] | None, timeout_s: float | None) -> int:
+    def _try(self, kernel: Path, command: list[str] | None, timeout_s: float | None) -> int | None:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=LAB, prefix="run-")))
@@ -223,12 +227,15 @@ def run_watched(
     pulse: Path,
     monitor: Path,
     pulse_lost_s: float = _PULSE_LOST_S,
-) -> int:
+) -> int | None:
     """Run the lab; end all of it when time is up, its pulse is lost or we are interrupted.
 
     ``pulse`` is a file that grows while the lab's kernel works, and with it the clocks that end a
     test. The streams are pipes of ours, always: QEMU opens what it is given a second time, which
     would begin again at the start of a file.
+
+    Returns:
+        The command's exit status; None if it was not done in time, or the lab died.
     """
     process = subprocess.Popen(
         argv,
@@ -253,9 +260,12 @@ def run_watched(
                     print(_processors(monitor), file=sys.stderr)
                     what = "not done in time" if is_late else f"no pulse for {pulse_lost_s:g} s"
                     print(f"lab: {what}; last one {now - last:.0f} s ago", file=sys.stderr)
-                    return TIMED_OUT
+                    return None
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(min(1.0, pulse_lost_s))
+            if process.returncode < 0 or process.returncode == _NO_STATUS:
+                print(f"lab: the emulator ended ({process.returncode})", file=sys.stderr)
+                return None
             return process.returncode
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -322,6 +332,8 @@ def main() -> int:
     parser.add_argument("--shell", action="store_true", help="a shell instead of a command")
     parser.add_argument("command", nargs="*", metavar="COMMAND")
     asked = parser.parse_args()
+    if asked.tries < 1:
+        parser.error("--tries: at least 1")
     if asked.shell == bool(asked.command):
         parser.error("either a command or --shell")
     lab = Lab(

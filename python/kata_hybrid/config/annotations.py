@@ -7,6 +7,8 @@ name. The values are texts: each is read as the kind of its key, then checked as
 
 import dataclasses
 import fnmatch
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -18,7 +20,13 @@ from kata_hybrid.errors import InvalidSpecError
 
 PREFIX: Final = "io.katacontainers.config."
 _MIB: Final = 1 << 20
-_UNITS: Final = {"": 1, "k": 1 << 10, "m": _MIB, "g": 1 << 30, "t": 1 << 40}
+_UNITS: Final = {"": _MIB, "k": 1 << 10, "m": _MIB, "g": 1 << 30, "t": 1 << 40}
+_SIZE: Final = re.compile(r"([0-9]{1,18}) ?(|[kmgtKMGT])(?:i?[bB])?")
+_DIGITS: Final = re.compile(r"[0-9]{1,18}")
+_DECIMAL: Final = re.compile(r"-?[0-9]{1,18}(?:\.[0-9]{1,18})?")
+_FLAGS: Final = {"true": True, "false": False}
+_SHOWN: Final = 80
+"""Characters of a value that an error or a notice shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,39 +42,45 @@ def _text(text: str) -> str:
 
 
 def _flag(text: str) -> bool:
-    known = {"true": True, "false": False}
-    if text.strip() not in known:
+    if text.strip() not in _FLAGS:
         message = "true or false"
         raise ValueError(message)
-    return known[text.strip()]
+    return _FLAGS[text.strip()]
 
 
 def _whole(text: str) -> int:
-    digits = text.strip()
-    if not digits.isascii() or not digits.isdigit():
+    if not _DIGITS.fullmatch(text.strip()):
         message = "a whole number"
         raise ValueError(message)
-    return int(digits)
+    return int(text)
 
 
 def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
+    if not _DECIMAL.fullmatch(text.strip()):
         message = "a number"
-        raise ValueError(message) from error
+        raise ValueError(message)
+    return float(text)
 
 
 def _mebibytes(text: str) -> int:
     """Read ``2048`` (MiB), ``512M``, ``2 GiB``: binary units, whole MiB."""
-    stripped = text.strip()
-    digits = stripped[: len(stripped) - len(stripped.lstrip("0123456789"))]
-    unit = stripped[len(digits) :].strip().lower().removesuffix("b").removesuffix("i")
-    if not digits.isascii() or not digits or unit not in _UNITS:
+    size = _SIZE.fullmatch(text.strip())
+    if size is None:
         message = "a size such as 2048 (MiB), 512M or 2GiB"
         raise ValueError(message)
-    scale = _MIB if stripped == digits else _UNITS[unit]
-    return int(digits) * scale // _MIB
+    digits, unit = size.groups()
+    return int(digits) * _UNITS[unit.lower()] // _MIB
+
+
+def _arguments(text: str) -> object:
+    """Read arguments separated by commas, or a list in JSON: Kata's two runtimes differ."""
+    if not text.startswith("["):
+        return [argument for argument in text.split(",") if argument]
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        message = "a list of texts in JSON"
+        raise ValueError(message) from error
 
 
 _Names = Mapping[str, _Annotation]
@@ -95,7 +109,7 @@ _HYPERVISOR: Final[_Names] = {
     "default_vcpus": _Annotation("default_vcpus", _number),
     "default_max_vcpus": _Annotation("default_maxvcpus", _whole),
     "default_memory": _Annotation("default_memory", _mebibytes),
-    "virtio_fs_extra_args": _Annotation("virtio_fs_extra_args", lambda text: text.split(",")),
+    "virtio_fs_extra_args": _Annotation("virtio_fs_extra_args", _arguments),
 }
 _AGENT: Final[_Names] = {
     "container_pipe_size": _Annotation("container_pipe_size", _whole),
@@ -147,9 +161,13 @@ def annotated(config: Config, annotations: Mapping[str, str]) -> Config:
             case _:
                 message = f"annotation {name}: its part is none of hypervisor, agent, runtime"
                 raise InvalidSpecError(message)
+        before = config.runtime.hypervisor_name
         config = _apply(
             config, tables, known.get(rest), name=name, rest=rest, text=annotations[name]
         )
+        if config.runtime.hypervisor_name not in {before, *config.described}:
+            message = f"annotation {name}: the configuration does not describe {annotations[name]}"
+            raise InvalidSpecError(message)
     return config
 
 
@@ -173,8 +191,19 @@ def _apply(
     if annotation is None or not having:
         foreign = [FOREIGN[table][key] for table in allowing if key in FOREIGN[table]]
         return _ignored(config, foreign[0] if foreign else None, name=name, text=text)
+    changed: list[tuple[Table, Section]] = []
+    errors: list[InvalidSpecError] = []
     for table in having:
-        section = _changed(config.section(table), table, annotation, name=name, text=text)
+        try:
+            section = _changed(config.section(table), table, annotation, name=name, text=text)
+        except InvalidSpecError as error:
+            errors.append(error)
+        else:
+            changed.append((table, section))
+    # While the monitor is not chosen, what only one of them can take is for that one.
+    if not changed:
+        raise errors[0]
+    for table, section in changed:
         config = config.with_section(table, section)
     return config
 
@@ -190,7 +219,7 @@ def _changed(
     try:
         value = key.check(annotation.read(text))
     except ValueError as error:
-        message = f"annotation {name}: {text!r} is not {error}"
+        message = f"annotation {name}: {text[:_SHOWN]!r} is not {error}"
         raise InvalidSpecError(message) from error
     if isinstance(section, QemuConfig):
         _check_path(section, annotation.key, name=name, text=text)
@@ -198,6 +227,9 @@ def _changed(
     old = getattr(section, key.field)
     if annotation.key == "kernel_params":
         fields[key.field] = _merged_parameters(old, fields[key.field])
+    elif annotation.key == "default_maxvcpus" and old:
+        # The file's own stays the most; 0 would be the host's.
+        fields[key.field] = min(fields[key.field] or old, old)
     elif annotation.key == "virtio_fs_extra_args":
         fields[key.field] = (*old, *fields[key.field])
     return dataclasses.replace(section, **fields)
@@ -213,9 +245,21 @@ def _check_path(table: QemuConfig, key: str, *, name: str, text: str) -> None:
     if key not in lists:
         return
     what, patterns = lists[key]
-    if not any(fnmatch.fnmatchcase(text, pattern) for pattern in patterns):
-        message = f"annotation {name}: {text!r} is not allowed by {what} in [hypervisor.qemu]"
+    if not any(_is_like(text, pattern) for pattern in patterns):
+        message = (
+            f"annotation {name}: {text[:_SHOWN]!r} is not allowed by {what} in [hypervisor.qemu]"
+        )
         raise InvalidSpecError(message)
+
+
+def _is_like(path: str, pattern: str) -> bool:
+    """Match as glob(3) does: no wildcard stands for a slash; and nothing leads upwards."""
+    names, wanted = path.split("/"), pattern.split("/")
+    return (
+        ".." not in names
+        and len(names) == len(wanted)
+        and all(map(fnmatch.fnmatchcase, names, wanted))
+    )
 
 
 def _merged_parameters(old: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
@@ -224,16 +268,24 @@ def _merged_parameters(old: tuple[str, ...], new: tuple[str, ...]) -> tuple[str,
     return (*(each for each in old if each.partition("=")[0] not in replaced), *new)
 
 
+def _as_in_a_file(text: str) -> object:
+    """Read a text as the kind it looks like, where nobody knows the kind of the key."""
+    stripped = text.strip()
+    if stripped in _FLAGS:
+        return _FLAGS[stripped]
+    if stripped in {"[]", "{}"}:
+        return ""
+    return int(stripped) if _DIGITS.fullmatch(stripped) else stripped
+
+
 def _ignored(config: Config, foreign: ForeignKey | None, *, name: str, text: str) -> Config:
     """Note an annotation that only Kata knows, unless it has to be refused."""
     if foreign is None:
         message = f"annotation {name}: unknown"
         raise InvalidSpecError(message)
-    # A text that says no, of any kind.
-    value = text if text not in {"false", "0"} else ""
-    if foreign.is_harmless(value):
+    if foreign.is_harmless(_as_in_a_file(text)):
         return config
     if foreign.refusal:
-        message = f"annotation {name} = {text!r} is not implemented: {foreign.refusal}"
+        message = f"annotation {name} = {text[:_SHOWN]!r} is not implemented: {foreign.refusal}"
         raise InvalidSpecError(message)
-    return dataclasses.replace(config, notices=(*config.notices, f"{name} = {text!r}"))
+    return dataclasses.replace(config, notices=(*config.notices, f"{name} = {text[:_SHOWN]!r}"))

@@ -44,6 +44,10 @@ def _absent_folder(value: object) -> bool:
     return isinstance(value, str) and not os.path.isdir(value)  # noqa: PTH112 - may be empty
 
 
+def _no_guest_pull(value: object) -> bool:
+    return "force_guest_pull" not in (value if isinstance(value, list | str) else ())
+
+
 def _on(value: object) -> bool:
     return value is True
 
@@ -74,7 +78,7 @@ _HYPERVISOR: Mapping[str, ForeignKey] = {
     "indep_iothreads": TUNING,
     "prefetch_list_path": IGNORED,
     # Disks.
-    "disable_block_device_use": IGNORED,
+    "disable_block_device_use": TUNING,
     "block_device_driver": TUNING,
     "block_device_cache_set": TUNING,
     "block_device_cache_noflush": IGNORED,
@@ -96,7 +100,7 @@ _HYPERVISOR: Mapping[str, ForeignKey] = {
     "measurement_algo": TUNING,
     "firmware": IGNORED,
     "firmware_volume": IGNORED,
-    "guest_extension_images": IGNORED,
+    "guest_extension_images": _refused(_WEAKER),
     # Processors and memory.
     "disable_nested_virtualization": IGNORED,
     "enable_numa": IGNORED,
@@ -152,9 +156,9 @@ _HYPERVISOR: Mapping[str, ForeignKey] = {
     "tdx_quote_generation_service_socket_port": TUNING,
     "guest_hook_path": IGNORED,
     "initdata": _refused(_WEAKER),
-    "selinux_label": IGNORED,
+    "selinux_label": _refused(_WEAKER),
     "disable_selinux": TUNING,
-    "disable_guest_selinux": ForeignKey(_on),
+    "disable_guest_selinux": ForeignKey(_on, _WEAKER),
     # Shared folders.
     "virtio_fs_cache_size": IGNORED,
     "virtio_fs_queue_size": TUNING,
@@ -208,8 +212,8 @@ FOREIGN: Mapping[Table, Mapping[str, ForeignKey]] = {
         "mem_agent": ForeignKey(_disabled),
     },
     ("runtime",): {
-        "experimental": IGNORED,
-        "experimental_force_guest_pull": IGNORED,
+        "experimental": ForeignKey(_no_guest_pull, _WEAKER),
+        "experimental_force_guest_pull": _refused(_WEAKER),
         "disable_new_netns": IGNORED,
         "sandbox_bind_mounts": IGNORED,
         "sandbox_cgroup_only": IGNORED,
@@ -219,7 +223,7 @@ FOREIGN: Mapping[Table, Mapping[str, ForeignKey]] = {
         "jaeger_user": TUNING,
         "jaeger_password": TUNING,
         "enable_pprof": IGNORED,
-        "emptydir_mode": ForeignKey(_one_of("", "shared-fs")),
+        "emptydir_mode": ForeignKey(_one_of("", "shared-fs", "block-plain"), _WEAKER),
         "disable_guest_empty_dir": TUNING,
         "vfio_mode": TUNING,
         "keep_abnormal": IGNORED,
@@ -228,7 +232,7 @@ FOREIGN: Mapping[Table, Mapping[str, ForeignKey]] = {
         "use_passfd_io": TUNING,
         "passfd_listener_port": TUNING,
         "pod_resource_api_sock": IGNORED,
-        "guest_selinux_label": IGNORED,
+        "guest_selinux_label": _refused(_WEAKER),
         "kubelet_root_dir": TUNING,
     },
     ("factory",): {
@@ -239,7 +243,9 @@ FOREIGN: Mapping[Table, Mapping[str, ForeignKey]] = {
     },
 }
 
-FOREIGN_MONITORS = frozenset({"clh", "cloud-hypervisor", "firecracker", "remote", "openvmm"})
+FOREIGN_MONITORS = frozenset(
+    {"clh", "cloud-hypervisor", "firecracker", "remote", "openvmm", "stratovirt"}
+)
 """``[hypervisor.…]`` tables that are not read; to choose one of them is an error."""
 
 MOVED: Mapping[tuple[Table, str], tuple[Table, str]] = {

@@ -91,7 +91,7 @@ def _texts(value: object) -> tuple[str, ...]:
 def _patterns(value: object) -> tuple[re.Pattern[str], ...]:
     try:
         return tuple(re.compile(text) for text in _texts(value))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         message = f"a list of regular expressions: {error}"
         raise ValueError(message) from error
 

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,11 +79,14 @@ def read_config(path: Path) -> Config:
     """
     files = (path, *_drop_ins(path))
     fields: dict[_Table, dict[str, Any]] = {table: {} for table in TABLES}
-    notices: list[str] = []
+    foreign: dict[str, _Foreign] = {}
     for file in files:
-        for table, field, value in _parse(file, notices):
+        for table, field, value in _parse(file, foreign):
             fields[table][field] = value
-    _name_the_only_hypervisor(fields)
+    # Not before all files are read: a later one may take back what an earlier one asks for.
+    notices = [notice for entry in foreign.values() if (notice := entry.notice())]
+    _choose_hypervisor(fields, foreign)
+    described = frozenset(name for name in HypervisorName if fields["hypervisor", name.value])
     return Config(
         builtin=_fill(BuiltinConfig(), fields["hypervisor", "builtin"]),
         qemu=_fill(QemuConfig(), fields["hypervisor", "qemu"]),
@@ -90,14 +94,50 @@ def read_config(path: Path) -> Config:
         runtime=_fill(RuntimeConfig(), fields[("runtime",)]),
         files=files,
         notices=tuple(notices),
+        described=described or frozenset(HypervisorName),
     )
 
 
-def _name_the_only_hypervisor(fields: Mapping[_Table, dict[str, Any]]) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Foreign:
+    """A key or a table of Kata's that is not ours, as a file has it."""
+
+    path: Path
+    dotted: str
+    value: object
+    key: ForeignKey | None
+    """None: a table of a monitor that is not here."""
+
+    def notice(self) -> str:
+        """Return what to tell of it; nothing for a value without effect.
+
+        Raises:
+            InvalidConfigError: it may not be ignored.
+        """
+        if self.key is None:
+            return f"table [{self.dotted}]: no such machine monitor here"
+        if self.key.is_harmless(self.value):
+            return ""
+        if self.key.refusal:
+            what = f"{self.dotted} = {self.value!r} is not implemented: {self.key.refusal}"
+            raise InvalidConfigError(f"configuration {self.path}: {what}")
+        return f"{self.dotted} = {self.value!r}"
+
+
+def _choose_hypervisor(
+    fields: Mapping[_Table, dict[str, Any]], foreign: Mapping[str, _Foreign]
+) -> None:
     """Whoever describes one monitor and names none means that one."""
     described = [name for name in HypervisorName if fields["hypervisor", name.value]]
     if len(described) == 1:
         fields[("runtime",)].setdefault("hypervisor_name", described[0])
+    elsewhere = next((entry for entry in foreign.values() if entry.key is None), None)
+    if elsewhere and not described and "hypervisor_name" not in fields[("runtime",)]:
+        known = ", ".join(name.value for name in HypervisorName)
+        raise InvalidConfigError(
+            f"configuration {elsewhere.path}: it describes {elsewhere.dotted} alone, which is not "
+            f"implemented; describe one of {known}"
+        )
 
 
 def _fill(section: _Section, fields: Mapping[str, Any]) -> _Section:
@@ -118,12 +158,13 @@ def _drop_ins(path: Path) -> list[Path]:
     return entries
 
 
-def _parse(path: Path, notices: list[str]) -> Iterator[tuple[_Table, str, object]]:
-    """Yield (table, field, value) for every key of a file; add what is ignored to ``notices``."""
+def _parse(path: Path, foreign: dict[str, _Foreign]) -> Iterator[tuple[_Table, str, object]]:
+    """Yield (table, field, value) for every key of a file; those that are not ours go elsewhere."""
     for table, entries in _tables(path):
         known = TABLE_ALIASES.get(table, table)
         if table[0] == "hypervisor" and table[1] in FOREIGN_MONITORS:
-            notices.append(f"table [{'.'.join(table)}]: no such machine monitor here")
+            name = ".".join(table)
+            foreign[name] = _Foreign(path=path, dotted=name, value=entries, key=None)
             continue
         if known not in TABLES and known not in FOREIGN:
             raise _unknown(path, key=".".join(table), value=entries, known=_table_names())
@@ -133,9 +174,9 @@ def _parse(path: Path, notices: list[str]) -> Iterator[tuple[_Table, str, object
             keys = TABLES.get(place, {})
             if key := keys.get(key_name):
                 yield place, key.field, _check(path, key, dotted=dotted, value=value)
-            elif foreign := FOREIGN.get(known, {}).get(name):
-                if notice := _foreign(path, foreign, dotted=dotted, value=value):
-                    notices.append(notice)
+            elif other := FOREIGN.get(known, {}).get(name):
+                entry = _Foreign(path=path, dotted=dotted, value=value, key=other)
+                foreign[".".join((*known, name))] = entry
             else:
                 names = list(keys) or list(FOREIGN[known])
                 raise _unknown(path, key=dotted, value=value, known=names)
@@ -150,16 +191,6 @@ def _tables(path: Path) -> Iterator[tuple[_Table, object]]:
             continue
         for inner, table in _expect_table(path, (name,), value).items():
             yield (name, inner), table
-
-
-def _foreign(path: Path, key: ForeignKey, *, dotted: str, value: object) -> str:
-    """Return what to tell of a key that is Kata's only; nothing for a value without effect."""
-    if key.is_harmless(value):
-        return ""
-    if key.refusal:
-        message = f"configuration {path}: {dotted} = {value!r} is not implemented: {key.refusal}"
-        raise InvalidConfigError(message)
-    return f"{dotted} = {value!r}"
 
 
 def _table_names() -> list[str]:

@@ -210,6 +210,8 @@ class Config:
     agent: AgentConfig = field(default_factory=AgentConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     files: tuple[Path, ...] = ()
+    described: frozenset[HypervisorName] = frozenset(HypervisorName)
+    """The monitors that the files describe; all, where they describe none."""
     notices: tuple[str, ...] = ()
     """What the files ask for that is not implemented, and is ignored."""
 

@@ -67,6 +67,16 @@ def test_more_arguments_for_virtiofsd_follow_the_files() -> None:
     before = config(virtio_fs_extra_args=("-a",))
     after = annotated(before, {PREFIX + H + "virtio_fs_extra_args": "-b,-c"})
     assert after.qemu.virtio_fs_extra_args == ("-a", "-b", "-c")
+    as_list = annotated(before, {PREFIX + H + "virtio_fs_extra_args": '["-o", "x,y"]'})
+    assert as_list.qemu.virtio_fs_extra_args == ("-a", "-o", "x,y")
+    assert annotated(before, {PREFIX + H + "virtio_fs_extra_args": ""}) == before
+
+
+def test_the_most_processors_can_be_made_fewer_only() -> None:
+    name = PREFIX + H + "default_max_vcpus"
+    for asked, most in (("1", 1), ("64", 2), ("0", 2)):
+        assert annotated(config(max_vcpus=2), {name: asked}).qemu.max_vcpus == most
+    assert QemuConfig(default_vcpus=8, max_vcpus=2).vcpu_count(host_cpu_count=4) == 2
 
 
 def test_other_annotations_are_none_of_ours() -> None:
@@ -131,6 +141,24 @@ def test_with_the_choice_open_an_annotation_counts_for_those_that_allow_it() -> 
     assert after.notices == ()
 
 
+def test_what_only_one_of_two_monitors_can_take_is_for_that_one() -> None:
+    both = Config(
+        builtin=BuiltinConfig(enable_annotations=ANY), qemu=QemuConfig(enable_annotations=ANY)
+    )
+    after = annotated(both, {PREFIX + H + "default_memory": "2T"})
+    assert (after.builtin.memory_mib, after.qemu.memory_mib) == (2048, 2 << 20)
+    assert "whole number" in refused(both, H + "default_memory", "99T")
+
+
+def test_a_monitor_that_the_file_does_not_describe_cannot_be_chosen() -> None:
+    before = Config(
+        runtime=RuntimeConfig(hypervisor_name=HypervisorName.BUILTIN),
+        described=frozenset({HypervisorName.BUILTIN}),
+    )
+    assert "does not describe qemu" in refused(before, "runtime.hypervisor_name", "qemu")
+    assert annotated(before, {PREFIX + "runtime.hypervisor_name": "builtin"}) == before
+
+
 def test_the_runtimes_list_can_be_shortened() -> None:
     before = Config(runtime=RuntimeConfig(enable_annotations=()))
     assert "not allowed" in refused(before, "runtime.disable_guest_seccomp", "true")
@@ -153,6 +181,10 @@ def test_a_path_of_the_hosts_has_to_be_on_its_list(name: str, field: str, key: s
         getattr(after.qemu, each.name) for each in dataclasses.fields(QemuConfig)
     }
     assert key in refused(listed, H + name, "/opt/aa/b")
+    for outside in ("/usr/../root/evil", "/usr/lib/evil", "/opt/../b", "/usr/..", "usr/x"):
+        assert key in refused(listed, H + name, outside) or "absolute" in refused(
+            listed, H + name, outside
+        )
 
 
 # --- what is wrong --------------------------------------------------------------------------------
@@ -162,14 +194,21 @@ def test_a_path_of_the_hosts_has_to_be_on_its_list(name: str, field: str, key: s
     ("name", "text", "expected"),
     [
         (H + "default_vcpus", "two", "a number"),
-        (H + "default_vcpus", "nan", "a number of at most"),
-        (H + "default_vcpus", "1e9", "a number of at most"),
+        (H + "default_vcpus", "nan", "a number"),
+        (H + "default_vcpus", "1e9", "a number"),
+        (H + "default_vcpus", "1_0", "a number"),
+        (H + "default_vcpus", "٣", "a number"),
+        (H + "default_vcpus", "2000", "a number of at most"),
+        (H + "default_max_vcpus", "9" * 5000, "a whole number"),
+        (H + "virtio_fs_extra_args", "[1]", "a text"),
+        (H + "virtio_fs_extra_args", "[", "in JSON"),
         (H + "default_max_vcpus", "-1", "a whole number"),
         (H + "default_memory", "much", "a size such as"),
         (H + "default_memory", "1.5G", "a size such as"),
         (H + "default_memory", "", "a size such as"),
         (H + "default_memory", "64", "whole number from 128"),
-        (H + "default_memory", "9" * 40, "whole number from 128"),
+        (H + "default_memory", "9" * 40, "a size such as"),
+        (H + "default_memory", "9" * 18, "whole number from 128"),
         (H + "kernel", "vmlinux", "an absolute path"),
         (H + "kernel_params", 'a="b', "closed quotes"),
         (H + "machine_type", "pc", "one of q35"),
@@ -200,7 +239,14 @@ def test_the_rest_of_katas_is_noted_unless_it_is_off() -> None:
     name = PREFIX + H + "enable_iommu"
     assert annotated(config(), {name: "true"}).notices == (f"{name} = 'true'",)
     assert annotated(config(), {name: "false"}) == config()
-    assert annotated(config(), {PREFIX + H + "block_device_queue_size": "64"}) == config()
+    for harmless, text in (
+        ("block_device_queue_size", "64"),
+        ("network_queues", "1"),
+        ("enable_iommu", " false "),
+        ("rootless", " false "),
+        ("pcie_root_port", "0"),
+    ):
+        assert annotated(config(), {PREFIX + H + harmless: text}) == config()
 
 
 NAMES = st.text("abcdefhiknoprstuvy_.", max_size=24)

@@ -399,6 +399,7 @@ def test_a_file_like_katas_is_read_and_what_is_missing_is_noted(tmp_path: Path) 
         "kernel_verity_params = 'root_hash=1'",
         "image = '/opt/kata/kata-containers.img'",
         "seccomp_sandbox = 'on'",
+        "disable_guest_selinux = false",
     ],
 )
 def test_a_key_whose_loss_would_matter_is_refused(tmp_path: Path, line: str) -> None:
@@ -430,3 +431,33 @@ def test_no_key_is_both_ours_and_katas_only() -> None:
 def test_a_wrong_pattern_is_named(tmp_path: Path) -> None:
     text = refused(tmp_path, "[hypervisor.qemu]\nenable_annotations = ['(']\n")
     assert "a list of regular expressions" in text
+
+
+def test_a_later_file_takes_back_what_an_earlier_one_asks_for(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "c.toml",
+        "[hypervisor.qemu]\nimage = '/i'\n[runtime]\nkeep_abnormal = true\nenable_pprof = true\n",
+    )
+    write(
+        tmp_path / "config.d/10",
+        "[hypervisor.qemu]\nimage = ''\ninitrd = '/i'\n[runtime]\nkeep_abnormal = false\n",
+    )
+    assert read_config(path).notices == ("runtime.enable_pprof = True",)
+
+
+def test_a_file_that_describes_another_monitor_only_is_refused(tmp_path: Path) -> None:
+    text = refused(tmp_path, "[hypervisor.firecracker]\njailer_path = '/j'\n")
+    assert "describes hypervisor.firecracker alone" in text
+
+
+@pytest.mark.parametrize(
+    "line", ["emptydir_mode = 'block-encrypted'", "experimental = ['force_guest_pull']"]
+)
+def test_what_the_runtime_would_leave_unprotected_is_refused(tmp_path: Path, line: str) -> None:
+    assert "not implemented" in refused(tmp_path, f"[runtime]\n{line}\n")
+
+
+@pytest.mark.parametrize("pattern", ["a{99999999999999999999}", "(" * 3000])
+def test_a_pattern_that_python_cannot_compile_is_named(tmp_path: Path, pattern: str) -> None:
+    text = f"[hypervisor.qemu]\nenable_annotations = ['{pattern}']\n"
+    assert "a list of regular expressions" in refused(tmp_path, text)

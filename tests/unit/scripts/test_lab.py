@@ -63,9 +63,9 @@ def _monitor(path: Path) -> Iterator[Path]:
 
 
 def test_a_lab_with_a_pulse_runs_to_its_end(lab: ModuleType, pulse: Path, tmp_path: Path) -> None:
-    argv = [sys.executable, "-c", _BEATING, os.fspath(pulse), "10"]
+    argv = [sys.executable, "-c", _BEATING, os.fspath(pulse), "60"]
     status = lab.run_watched(
-        argv, deadline=None, pulse=pulse, monitor=tmp_path / "none", pulse_lost_s=10.0
+        argv, deadline=None, pulse=pulse, monitor=tmp_path / "none", pulse_lost_s=1.5
     )
     assert status == 7
 
@@ -77,7 +77,7 @@ def test_a_lab_without_one_is_dead_and_ended(
         status = lab.run_watched(
             ["sleep", "60"], deadline=None, pulse=pulse, monitor=path, pulse_lost_s=0.2
         )
-    assert status == lab.TIMED_OUT
+    assert status is None
     said = capfd.readouterr().err
     assert "RIP=ffffffff81000000" in said
     assert "no pulse" in said
@@ -89,5 +89,38 @@ def test_a_lab_has_a_limit(
     status = lab.run_watched(
         ["sleep", "60"], deadline=time.monotonic() + 0.1, pulse=pulse, monitor=tmp_path / "none"
     )
-    assert status == lab.TIMED_OUT
+    assert status is None
     assert "not done in time" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["kill -SEGV $$", "exit 255"])
+def test_an_emulator_that_ends_by_itself_is_not_the_commands_end(
+    lab: ModuleType, pulse: Path, tmp_path: Path, end: str
+) -> None:
+    argv = ["sh", "-c", end]
+    assert lab.run_watched(argv, deadline=None, pulse=pulse, monitor=tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "count"), [([3], 3, 1), ([None, 0], 0, 2), ([None, None], 124, 2)]
+)
+def test_what_was_lost_is_done_again(
+    lab: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    ends: list[int | None],
+    status: int,
+    count: int,
+) -> None:
+    tried: list[int | None] = []
+
+    def attempt(*_: object) -> int | None:
+        tried.append(ends[len(tried)])
+        return tried[-1]
+
+    monkeypatch.setattr(lab.Lab, "_try", attempt)
+    monkeypatch.setattr(lab, "find_kernel", lambda: Path("/kernel"))
+    monkeypatch.setattr(lab, "_PROGRAMS", ())
+    monkeypatch.setattr(lab.signal, "signal", lambda *_: None)
+    machine = lab.Lab(cpus=1, memory_mib=1)
+    assert machine.run(["true"], timeout_s=None, tries=2) == status
+    assert len(tried) == count

@@ -36,7 +36,7 @@ from kata_hybrid.resource.share_fs.virtiofsd import VirtiofsdShare, virtiofsd_se
 from kata_hybrid.runtimes.base import CreateRequest
 from kata_hybrid.runtimes.oci.spec import Spec
 from kata_hybrid.runtimes.virt.guest import VirtGuest
-from kata_hybrid.runtimes.virt.sizing import sandbox_limits, sized
+from kata_hybrid.runtimes.virt.sizing import bounded, sandbox_limits, sized
 from kata_hybrid.types import SandboxId
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class VirtGuestFactory:
             environment=os.environ, option_path=request.config_path or self._config_path
         )
         # What a pod asks for in words comes before what its limits make of it.
-        config = annotated(sized(config, limits), spec.annotations)
+        config = bounded(annotated(sized(config, limits), spec.annotations))
         if config.runtime.name != RUNTIME_NAME:
             message = f"runtime.name {config.runtime.name!r}: only {RUNTIME_NAME!r} is implemented"
             raise UnimplementedError(message)

@@ -7,7 +7,6 @@ config-linux.md). Each limit sizes only what it limits: without one, the file's 
 
 import dataclasses
 import logging
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -23,7 +22,12 @@ _log = logging.getLogger(__name__)
 
 _ANNOTATION: Final = "io.kubernetes.cri.sandbox-"
 _NAMES: Final = ("cpu-quota", "cpu-period", "memory")
-_WHOLE: Final = re.compile(r"-?[0-9]{1,19}")
+_WHOLE: Final = re.compile(r"-?[0-9]{1,18}")
+_DEFAULT_PERIOD: Final = 100_000
+"""Microseconds; the kernel's, where a spec has a quota only (sched-bwc.rst)."""
+_MAX: Final = (1 << 63) - 1
+_SHOWN: Final = 80
+"""Characters of a wrong value that an error shows."""
 _MIB: Final = 1 << 20
 _Table = TypeVar("_Table", bound=HypervisorConfig)
 
@@ -50,7 +54,7 @@ def sandbox_limits(spec: Spec) -> Limits:
         _whole(value, prefix + name) for name, value in zip(_NAMES, values, strict=True)
     )
     return Limits(
-        cpus=quota / period if quota > 0 and period > 0 else None,
+        cpus=quota / (period if period > 0 else _DEFAULT_PERIOD) if quota > 0 else None,
         memory_bytes=memory if memory > 0 else None,
     )
 
@@ -63,24 +67,40 @@ def sized(config: Config, limits: Limits) -> Config:
                 "static_sandbox_resource_mgmt = false: machines do not grow, it has its defaults"
             )
         return config
-    host_mib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MIB
     return dataclasses.replace(
         config,
-        builtin=_sized_table(config.builtin, limits, host_mib),
-        qemu=_sized_table(config.qemu, limits, host_mib),
+        builtin=_sized_table(config.builtin, limits),
+        qemu=_sized_table(config.qemu, limits),
     )
 
 
-def _sized_table(table: _Table, limits: Limits, host_mib: int) -> _Table:
+def _sized_table(table: _Table, limits: Limits) -> _Table:
     if limits.cpus is not None:
         vcpus = max(1.0, table.overhead_vcpus + limits.cpus)
         table = dataclasses.replace(table, default_vcpus=vcpus)
     if limits.memory_bytes is not None:
-        asked = table.overhead_memory_mib + math.ceil(limits.memory_bytes / _MIB)
-        # A limit may be more than the host has; a machine of that size would only cost its pages.
-        memory = max(MIN_MEMORY_MIB, min(asked, table.max_memory_mib or host_mib))
+        memory = max(MIN_MEMORY_MIB, table.overhead_memory_mib - (-limits.memory_bytes // _MIB))
         table = dataclasses.replace(table, memory_mib=memory + memory % 2)
     return table
+
+
+def bounded(config: Config) -> Config:
+    """Return the configuration with machines that have no more memory than there may be.
+
+    A limit or an annotation may ask for more than the host has: the guest's own tables of such a
+    memory would be taken for real.
+    """
+    host_mib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MIB
+    return dataclasses.replace(
+        config, builtin=_bounded(config.builtin, host_mib), qemu=_bounded(config.qemu, host_mib)
+    )
+
+
+def _bounded(table: _Table, host_mib: int) -> _Table:
+    most = min(host_mib, table.max_memory_mib or host_mib)
+    if table.memory_mib <= most:
+        return table
+    return dataclasses.replace(table, memory_mib=max(MIN_MEMORY_MIB, most - most % 2))
 
 
 def _annotated(annotations: dict[str, str]) -> tuple[object, ...]:
@@ -101,7 +121,7 @@ def _whole(value: object, name: str) -> int:
         return 0
     if isinstance(value, str) and _WHOLE.fullmatch(value):
         return int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MAX:
         return value
-    message = f"{name} = {value!r} is not a whole number"
+    message = f"{name} = {ascii(value)[:_SHOWN]} is not a whole number of 64 bits"
     raise InvalidSpecError(message)

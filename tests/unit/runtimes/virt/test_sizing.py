@@ -7,7 +7,7 @@ import pytest
 from kata_hybrid.config.model import BuiltinConfig, Config, QemuConfig, RuntimeConfig
 from kata_hybrid.errors import InvalidSpecError
 from kata_hybrid.runtimes.oci.spec import Spec, parse
-from kata_hybrid.runtimes.virt.sizing import Limits, sandbox_limits, sized
+from kata_hybrid.runtimes.virt.sizing import Limits, bounded, sandbox_limits, sized
 
 _MIB = 1 << 20
 
@@ -41,12 +41,23 @@ def test_a_single_containers_limits_are_its_own() -> None:
 
 
 @pytest.mark.parametrize(
+    "limited",
+    [
+        pod(cpu_quota="250000"),
+        spec(resources={"cpu": {"quota": 250000}}),
+        spec(resources={"cpu": {"quota": 250000, "period": 0}}),
+    ],
+)
+def test_a_quota_alone_is_of_the_kernels_period(limited: Spec) -> None:
+    assert sandbox_limits(limited) == Limits(cpus=2.5)
+
+
+@pytest.mark.parametrize(
     "unlimited",
     [
         pod(),
         pod(cpu_quota="0", cpu_period="100000", memory="0"),
         pod(cpu_quota="-1", cpu_period="100000", memory="-1"),
-        pod(cpu_quota="100000"),
         spec(),
         spec(resources={"cpu": {"quota": -1, "period": 100000}, "memory": {"limit": -1}}),
         spec(resources={"cpu": None, "memory": {"limit": None}}),
@@ -64,6 +75,8 @@ def test_no_limit_is_no_limit(unlimited: Spec) -> None:
         (pod(cpu_quota="0x10", cpu_period="1"), "io.kubernetes.cri.sandbox-cpu-quota = '0x10'"),
         (spec(resources={"memory": {"limit": 1.5}}), "linux.resources: memory = 1.5"),
         (spec(resources={"cpu": {"quota": True}}), "linux.resources: cpu-quota = True"),
+        (spec(resources={"cpu": {"quota": 1 << 64}}), "linux.resources: cpu-quota = 18446744"),
+        (pod(memory="9" * 5000), "io.kubernetes.cri.sandbox-memory = '999"),
         (spec(resources={"cpu": [1]}), "linux.resources.cpu must be an object"),
     ],
 )
@@ -94,9 +107,13 @@ def test_a_machine_is_neither_too_small_nor_larger_than_its_host() -> None:
     small = sized(config, Limits(cpus=0.01, memory_bytes=1)).builtin
     assert (small.vcpu_count(), small.memory_mib) == (1, 128)
     host_mib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MIB
-    large = sized(config, Limits(cpus=1e6, memory_bytes=1 << 62)).builtin
-    assert large.vcpu_count(host_cpu_count=8) == 8
-    assert host_mib <= large.memory_mib <= host_mib + 1
+    large = bounded(sized(config, Limits(cpus=1e6, memory_bytes=1 << 62)))
+    assert large.builtin.vcpu_count(host_cpu_count=8) == 8
+    assert large.builtin.memory_mib == host_mib - host_mib % 2
+    least = min(host_mib, 512)
+    capped = bounded(Config(qemu=QemuConfig(memory_mib=1 << 20, max_memory_mib=513)))
+    assert capped.qemu.memory_mib == least - least % 2
+    assert bounded(Config(qemu=QemuConfig(memory_mib=131))).qemu.memory_mib == 131
 
 
 def test_limits_size_nothing_if_the_configuration_says_so(caplog: pytest.LogCaptureFixture) -> None:
