@@ -23,8 +23,8 @@ failed=0
 ran=0
 if [ -n "${KATA_HYBRID_LAB_QUICK:-}" ]; then
     suite lab -m lab tests/lab -k 'lab.py or serial or flush or ends or (programs_find and auto and locks)' "$@"
-    # Streams, status, a mount, an exec, a network, one process; the end of the machine, and of the shim.
-    suite containerd-2 -m integration tests/integration --containerd 2 -k 'test_run.py and (reaches_the_client or kernel or exit_status_is or stdin_is_piped or bind_mount) or execs_own or one_process or test_shim_killed or kernel_panics or guest_has_the_pods' "$@"
+    # Streams, status, a mount, an exec, a network, one process, its cgroup; the end of the machine, and of the shim.
+    suite containerd-2 -m integration tests/integration --containerd 2 -k 'test_run.py and (reaches_the_client or kernel or exit_status_is or stdin_is_piped or bind_mount) or execs_own or one_process or counts_in or test_shim_killed or kernel_panics or guest_has_the_pods' "$@"
     suite containerd-1 -m integration tests/integration --containerd 1 -k 'test_run.py and (kernel or reaches_the_client)' "$@"
 else
     suite lab -m lab tests/lab "$@"

@@ -59,6 +59,30 @@ def write_network(home: Path) -> None:
     (folder / "10-pods.conflist").write_text(json.dumps(network))
 
 
+@contextlib.contextmanager
+def pod_cgroup(path: str) -> Iterator[str]:
+    """Make a pod's cgroup in every hierarchy, as the kubelet does, and remove it in the end."""
+    root = Path("/sys/fs/cgroup")
+    is_v2 = (root / "cgroup.controllers").exists()
+    hierarchies = [root] if is_v2 else [each for each in root.iterdir() if each.is_dir()]
+    made = [hierarchy / path.lstrip("/") for hierarchy in hierarchies]
+    for folder in made:
+        for parent in (folder.parent, folder):
+            parent.mkdir(exist_ok=True)
+            if is_v2:
+                controllers = (parent / "cgroup.controllers").read_text().split()
+                wanted = " ".join(f"+{each}" for each in controllers)
+                (parent / "cgroup.subtree_control").write_text(wanted)
+            for name in ("cpuset.cpus", "cpuset.mems"):
+                if not is_v2 and (parent / name).exists():
+                    (parent / name).write_text((parent.parent / name).read_text())
+    try:
+        yield path
+    finally:
+        for folder in made:
+            folder.rmdir()
+
+
 class Pod:
     """A pod that runs."""
 
@@ -178,6 +202,12 @@ class Cri:
         listed = json.loads(self.run("stats", "--output", "json", container_id).text)
         (numbers,) = listed["stats"]
         return int(numbers["cpu"]["usageCoreNanoSeconds"]["value"])
+
+    def used_memory_of_pod(self, pod_id: str) -> int:
+        """Return how many bytes the cgroup of a pod has."""
+        listed = json.loads(self.run("statsp", "--output", "json", pod_id).text)
+        (numbers,) = listed["stats"]
+        return int(numbers["linux"]["memory"]["workingSetBytes"]["value"])
 
     def restart(self) -> None:
         """Stop containerd and start it again, until its Kubernetes part answers."""

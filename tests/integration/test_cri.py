@@ -13,7 +13,7 @@ import pytest
 from busybox_image import IMAGE_NAME, PAUSE_NAME
 from go_build import CRICTL
 from harness.containers import KATA_RUNTIME
-from harness.cri import GATEWAY, Cri, missing_programs, write_network
+from harness.cri import GATEWAY, Cri, missing_programs, pod_cgroup, write_network
 from harness.daemon import Containerd, ContainerdInstall, CriSettings, private_containerd
 from harness.deadline import wait_until
 from harness.leaks import find_processes
@@ -200,6 +200,19 @@ def test_numbers_of_containers_are_those_of_the_guest(cri: Cri) -> None:
         wait_until(
             lambda: cri.used_cpu_ns(container) > 1_000_000_000, what="a second", timeout_s=60
         )
+
+
+def test_numbers_of_a_pod_are_those_of_its_machine(cri: Cri, runtime: str) -> None:
+    if runtime != KATA_RUNTIME:
+        pytest.skip(f"{runtime} has no machine")
+    # The kubelet makes the pod's cgroup; its machine's goes below.
+    with (
+        pod_cgroup(f"/{cri.containerd.namespace}/{secrets.token_hex(4)}") as parent,
+        cri.pod(linux={"cgroup_parent": parent}) as pod,
+    ):
+        pod.start(*_FOREVER)
+        # What the guest touched while it booted, at least.
+        assert cri.used_memory_of_pod(pod.id) > 32 << 20
 
 
 def test_a_pod_outlives_a_restart_of_containerd(cri: Cri) -> None:

@@ -126,6 +126,21 @@ def test_an_annotation_that_is_not_allowed_is_refused(containers: Containers, ru
     assert f"annotation {_HYPERVISOR}path is not allowed" in output.error
 
 
+def test_the_machine_counts_in_its_containers_cgroup(
+    vm_containers: Containers, running: str
+) -> None:
+    wanted = f"/{vm_containers.containerd.namespace}/{running}"
+    processes = find_processes(vm_containers.containerd)
+    assert processes
+    for process in processes:
+        places = dict(
+            line.split(":", 2)[1:]
+            for line in Path(f"/proc/{process.pid}/cgroup").read_text().splitlines()
+        )
+        # v2's only hierarchy, or that of a controller of v1's.
+        assert places.get("memory", places.get("")) == wanted, (process, places)
+
+
 def test_update_of_unknown_container_is_not_found(containers: Containers, running: str) -> None:
     del running
     with pytest.raises(grpc.RpcError) as caught:

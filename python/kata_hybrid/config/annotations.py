@@ -48,6 +48,14 @@ def _flag(text: str) -> bool:
     return _FLAGS[text.strip()]
 
 
+def _on(text: str) -> bool:
+    """A pod may ask to be in its cgroup, not to be out of it."""
+    if not _flag(text):
+        message = "allowed: only the configuration takes a machine out of its pod's cgroup"
+        raise ValueError(message)
+    return True
+
+
 def _whole(text: str) -> int:
     if not _DIGITS.fullmatch(text.strip()):
         message = "a whole number"
@@ -121,6 +129,7 @@ _RUNTIME: Final[_Names] = {
     # Kata spells the same runtime with a hyphen here.
     "name": _Annotation("name", lambda text: text.replace("-", "_")),
     "disable_guest_seccomp": _Annotation("disable_guest_seccomp", _flag),
+    "sandbox_cgroup_only": _Annotation("sandbox_cgroup_only", _on),
     "internetworking_model": _Annotation("internetworking_model", _text),
 }
 _OTHER_NAMES: Final = {

@@ -216,7 +216,6 @@ FOREIGN: Mapping[Table, Mapping[str, ForeignKey]] = {
         "experimental_force_guest_pull": _refused(_WEAKER),
         "disable_new_netns": IGNORED,
         "sandbox_bind_mounts": IGNORED,
-        "sandbox_cgroup_only": IGNORED,
         "enable_vcpus_pinning": IGNORED,
         "enable_tracing": IGNORED,
         "jaeger_endpoint": TUNING,

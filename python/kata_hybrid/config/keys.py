@@ -205,6 +205,7 @@ RUNTIME_KEYS: Mapping[str, Key] = {
     "log_level": Key("log_level", _enum(LogLevel)),
     "disable_guest_seccomp": Key("disable_guest_seccomp", _boolean),
     "enable_annotations": Key("enable_annotations", _patterns),
+    "sandbox_cgroup_only": Key("sandbox_cgroup_only", _boolean),
     "static_sandbox_resource_mgmt": Key("is_sized_by_limits", _boolean),
     "internetworking_model": Key("network_model", _enum(NetworkModel, aliases={"": "tcfilter"})),
 }

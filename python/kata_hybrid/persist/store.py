@@ -38,6 +38,7 @@ class SandboxStore:
         *,
         containers: tuple[ContainerId, ...] | None = None,
         processes: tuple[ProcessIdentity, ...] | None = None,
+        cgroups: tuple[str, ...] | None = None,
         links: LinkHooks | None = None,
     ) -> None:
         """Write the record with some parts replaced.
@@ -51,6 +52,8 @@ class SandboxStore:
             record = dataclasses.replace(record, containers=containers)
         if processes is not None:
             record = dataclasses.replace(record, processes=processes)
+        if cgroups is not None:
+            record = dataclasses.replace(record, cgroups=cgroups)
         if links is not None:
             record = dataclasses.replace(record, links=links)
         try:

@@ -213,6 +213,7 @@ def test_a_path_of_the_hosts_has_to_be_on_its_list(name: str, field: str, key: s
         (H + "kernel_params", 'a="b', "closed quotes"),
         (H + "machine_type", "pc", "one of q35"),
         ("runtime.disable_guest_seccomp", "yes", "true or false"),
+        ("runtime.sandbox_cgroup_only", "false", "not allowed"),
         ("runtime.name", "wasm-container", "one of virt_container"),
         ("runtime.hypervisor_name", "clh", "one of builtin, qemu"),
         ("agent.container_pipe_size", "²", "a whole number"),

@@ -373,6 +373,7 @@ vm_cache_number = 0
 hypervisor_name = "qemu"
 create_container_timeout = 60
 sandbox_cgroup_only = true
+keep_abnormal = true
 vfio_mode = "guest-kernel"
 dan_conf = "/no/such/folder"
 experimental = []
@@ -387,7 +388,7 @@ def test_a_file_like_katas_is_read_and_what_is_missing_is_noted(tmp_path: Path) 
     assert config.agent.request_timeout_s == 60
     assert config.notices == (
         "table [hypervisor.clh]: no such machine monitor here",
-        "runtime.sandbox_cgroup_only = True",
+        "runtime.keep_abnormal = True",
     )
 
 

@@ -58,6 +58,8 @@ class Spec:
     annotations: dict[str, str]
     namespaces: dict[str, str]
     """Namespace type (``pid``, ``network``, …) to its path, empty for a new one."""
+    cgroups_path: str
+    """``linux.cgroupsPath``; empty for none."""
 
 
 def load(bundle: Path) -> Spec:
@@ -110,6 +112,7 @@ def parse(data: bytes) -> Spec:
         mounts=_mounts(document.get("mounts") or []),
         annotations=_text_map(document.get("annotations") or {}, "annotations"),
         namespaces=_namespaces(linux.get("namespaces") or []),
+        cgroups_path=as_text(linux.get("cgroupsPath") or "", "linux.cgroupsPath"),
     )
 
 

@@ -29,6 +29,7 @@ from kata_hybrid.hypervisor.selection import (
     select_hypervisor,
 )
 from kata_hybrid.hypervisor.vsock_backend import NativeVsockBackendFactory
+from kata_hybrid.resource.cgroup import SandboxCgroup, sandbox_path
 from kata_hybrid.resource.network.pod import PodNetwork
 from kata_hybrid.resource.share_fs.base import SharedFolder, ShareFs
 from kata_hybrid.resource.share_fs.inprocess import InProcessShare
@@ -91,10 +92,16 @@ class VirtGuestFactory:
             run_root=self._run_dir.parent.parent,
             needs_virtiofsd=lambda kvm: needs_virtiofsd(config, kvm),
         )
-        return self._assemble(config, report, namespace=_network_namespace(spec))
+        return self._assemble(config, report, spec)
 
-    def _assemble(self, config: Config, report: HostReport, *, namespace: Path | None) -> VirtGuest:
+    def _assemble(self, config: Config, report: HostReport, spec: Spec) -> VirtGuest:
         selection = select_hypervisor(config, report)
+        cgroup = SandboxCgroup(
+            sandbox_path(spec.cgroups_path, self._sandbox_id)
+            if config.runtime.sandbox_cgroup_only
+            else ""
+        )
+        namespace = _network_namespace(spec)
         _log.info("hypervisor", extra={"hypervisor": selection.name, "reason": selection.reason})
         shared = self._run_dir / SHARED_FOLDER
         shared.mkdir(mode=0o700, exist_ok=True)
@@ -114,6 +121,7 @@ class VirtGuestFactory:
                 events=events,
                 vsock_backend=NativeVsockBackendFactory(io, events),
             ),
+            cgroup=cgroup,
             share_fs=self._share(config, selection, SharedFolder(host_path=shared)),
             network=PodNetwork(namespace, model=config.runtime.network_model, reaper=self._reaper),
             agent=AgentClient(io, events, timeout_s=config.agent.request_timeout_s),

@@ -1,4 +1,4 @@
-"""The guest of a sandbox: machine, shared folder, network and agent, brought up and watched as one.
+"""The guest of a sandbox: machine, cgroup, folder, network, agent, brought up and watched as one.
 
     new ──start──▶ up ──(machine, folder daemon or agent gone, or unhealthy)──▶ lost
      └───────────────────────────────── stop ──────────────────────────────────▶ stopped
@@ -20,6 +20,7 @@ from kata_hybrid.aio.supervisor import Supervisor
 from kata_hybrid.config.model import AgentConfig
 from kata_hybrid.errors import KataError, VmExitedError, VmmError
 from kata_hybrid.hypervisor.base import Hypervisor
+from kata_hybrid.resource.cgroup import SandboxCgroup
 from kata_hybrid.resource.network.base import Network
 from kata_hybrid.resource.share_fs.base import SharedFolder, ShareFs
 from kata_hybrid.types import (
@@ -49,6 +50,7 @@ class Record(Protocol):
         self,
         *,
         processes: tuple[ProcessIdentity, ...] | None = None,
+        cgroups: tuple[str, ...] | None = None,
         links: LinkHooks | None = None,
     ) -> None:
         """Replace what is given."""
@@ -115,6 +117,7 @@ class VirtGuest:
         sandbox_id: SandboxId,
         *,
         hypervisor: Hypervisor,
+        cgroup: SandboxCgroup,
         share_fs: ShareFs,
         network: Network,
         agent: Agent,
@@ -132,6 +135,7 @@ class VirtGuest:
         self.task_pid = 0
         self._sandbox_id = sandbox_id
         self._hypervisor = hypervisor
+        self._cgroup = cgroup
         self._share_fs = share_fs
         self._network = network
         self._device_paths: tuple[str, ...] = ()
@@ -172,7 +176,8 @@ class VirtGuest:
         began = time.monotonic()
         try:
             self.can_add_disk = False
-            await self._open_network(record)
+            self._record = record
+            await self._acquire(record)
             await self._share_fs.start()
             self._hypervisor.add_shared_folder(self._share_fs.device)
             self._watch(self._share_gone, name="shared folder")
@@ -192,8 +197,16 @@ class VirtGuest:
         self._watch(self._agent_gone, name="agent")
         self._watch(self._unhealthy, name="health")
 
+    async def _acquire(self, record: Record) -> None:
+        """Enter the cgroup, before anything that counts is made, while the links are looked at."""
+        done = await asyncio.gather(
+            self._cgroup.enter(record), self._open_network(record), return_exceptions=True
+        )
+        for outcome in done:
+            if outcome is not None:
+                raise outcome
+
     async def _open_network(self, record: Record) -> None:
-        self._record = record
         devices = await self._network.open()
         self._device_paths = tuple(map(self._hypervisor.add_network, devices))
         if (hooks := self._network.hooks) is not None:
@@ -311,6 +324,7 @@ class VirtGuest:
             self._share_fs.stop,
             self._close_network,
             self._supervisor.close,
+            self._leave_cgroup,
         )
         for step in steps:
             try:
@@ -320,6 +334,10 @@ class VirtGuest:
         self._resources.close()
         if not self._lost.done():
             self._lost.set_result("stopped")
+
+    async def _leave_cgroup(self) -> None:
+        if self._record is not None:
+            await self._cgroup.leave(self._record)
 
     async def _close_network(self) -> None:
         hooks = self._network.hooks

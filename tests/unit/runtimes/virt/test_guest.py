@@ -17,6 +17,7 @@ from kata_hybrid.errors import (
     VmExitedError,
     VmmError,
 )
+from kata_hybrid.resource.cgroup import SandboxCgroup
 from kata_hybrid.resource.share_fs.base import SharedFolder
 from kata_hybrid.runtimes.virt import guest as guest_module
 from kata_hybrid.runtimes.virt.guest import VirtGuest
@@ -173,6 +174,22 @@ class AskedAgent(FakeAgent):
         await super().close()
 
 
+class Group(SandboxCgroup):
+    """Remembers when it was entered and left."""
+
+    def __init__(self, steps: list[str]) -> None:
+        super().__init__("")
+        self.steps = steps
+
+    async def enter(self, record: object) -> None:
+        del record
+        self.steps.append("enter cgroup")
+
+    async def leave(self, record: object) -> None:
+        del record
+        self.steps.append("leave cgroup")
+
+
 class World:
     """A guest made of recorded parts."""
 
@@ -189,6 +206,7 @@ class World:
         self.guest = VirtGuest(
             SandboxId("s"),
             hypervisor=self.machine,
+            cgroup=Group(self.steps),
             share_fs=self.share,
             network=self.cards,
             agent=self.agent,
@@ -205,8 +223,10 @@ class World:
         self,
         *,
         processes: tuple[ProcessIdentity, ...] | None = None,
+        cgroups: tuple[str, ...] | None = None,
         links: LinkHooks | None = None,
     ) -> None:
+        assert cgroups is None
         if processes is not None:
             self.reported.append(processes)
         if links is not None:
@@ -224,6 +244,7 @@ STOPPED = [
     "clean up machine",
     "stop share",
     "stop network",
+    "leave cgroup",
     "close resources",
 ]
 
@@ -233,6 +254,7 @@ async def test_the_parts_come_up_in_order() -> None:
     world = World()
     await world.start()
     assert world.steps == [
+        "enter cgroup",
         "start share",
         "add tag",
         "start machine",
@@ -251,6 +273,7 @@ async def test_the_network_is_noted_before_it_is_wired_and_set_up_before_the_san
     world.cards.devices, world.cards.hooks = (CARD,), HOOKS
     await world.start()
     assert world.steps == [
+        "enter cgroup",
         "open network",
         "add eth0",
         "record links",
@@ -335,7 +358,7 @@ async def test_stopping_releases_everything_once() -> None:
 async def test_a_guest_never_started_can_be_stopped() -> None:
     world = World()
     await world.guest.stop()
-    assert world.steps == STOPPED
+    assert world.steps == [step for step in STOPPED if step != "leave cgroup"]
 
 
 @on_loop
