@@ -145,8 +145,8 @@ class VirtGuest:
         self._details: GuestDetails | None = None
         self._supervisor = Supervisor("guest")
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._is_stopped = False
-        self._stopping = asyncio.Lock()
+        self._end = Supervisor("guest end")
+        self._stopping: asyncio.Task[None] | None = None
 
     @property
     def folder(self) -> SharedFolder:
@@ -311,10 +311,10 @@ class VirtGuest:
 
     async def stop(self) -> None:
         """End it now and release everything. Idempotent."""
-        async with self._stopping:
-            if not self._is_stopped:
-                self._is_stopped = True
-                await self._stop()
+        # A caller that is cancelled does not end it half-way: the next one waits for the rest.
+        if self._stopping is None:
+            self._stopping = self._end.start(self._stop(), name="guest end")
+        await asyncio.shield(self._stopping)
 
     async def _stop(self) -> None:
         steps = (

@@ -362,6 +362,30 @@ async def test_a_guest_never_started_can_be_stopped() -> None:
 
 
 @on_loop
+async def test_a_stop_given_up_is_finished_by_the_next() -> None:
+    world = World()
+    await world.start()
+    reached = asyncio.Event()
+    go_on = asyncio.Event()
+
+    async def slow() -> None:
+        reached.set()
+        await go_on.wait()
+        world.steps.append("stop share")
+
+    world.share.stop = slow  # type: ignore[method-assign]
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(world.guest.stop())
+        await reached.wait()
+        first.cancel()
+        second = group.create_task(world.guest.stop())
+        await asyncio.wait([first])
+        assert not second.done()
+        go_on.set()
+    assert world.steps[-len(STOPPED) :] == STOPPED
+
+
+@on_loop
 async def test_a_step_that_fails_does_not_keep_the_others_from_being_done() -> None:
     world = World()
     await world.start()
