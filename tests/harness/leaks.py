@@ -115,12 +115,16 @@ def find_processes(containerd: Containerd, *, name: str = "") -> list[HostProces
             # pid (name) state parent …; the name may hold spaces and parentheses.
             stat = (entry / "stat").read_text()
             title, _, rest = stat.partition("(")[2].rpartition(")")
+            state, parent = rest.split()[:2]
+            # Dead, and init's to collect: the lab's takes its time.
+            if state == "Z" and parent == "1":
+                continue
             if title == "ctr" or (name and name not in title):
                 continue
             found.append(
                 HostProcess(
                     pid=int(entry.name),
-                    parent=int(rest.split()[1]),
+                    parent=int(parent),
                     name=title,
                     command=command.replace(b"\0", b" ").decode(errors="replace").strip(),
                 )
