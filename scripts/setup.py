@@ -55,6 +55,9 @@ kernel = "{guest}/vmlinux"
 initrd = "{guest}/initrd.img"
 default_memory = 512
 enable_annotations = ["default_memory", "default_vcpus"]
+
+[runtime]
+sandbox_cgroup_only = true
 """
 
 

@@ -189,7 +189,7 @@ class RuntimeConfig:
     """Key ``internetworking_model``."""
     enable_annotations: Patterns = ANY
     """As in ``[hypervisor.…]``; in Kata any is allowed."""
-    sandbox_cgroup_only: bool = True
+    sandbox_cgroup_only: bool = False
     """The machine and all that serves it are in the pod's cgroup."""
     is_sized_by_limits: bool = True
     """Key ``static_sandbox_resource_mgmt``: a machine is as large as its containers' limits ask."""
