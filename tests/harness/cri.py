@@ -64,7 +64,9 @@ def pod_cgroup(path: str) -> Iterator[str]:
     """Make a pod's cgroup in every hierarchy, as the kubelet does, and remove it in the end."""
     root = Path("/sys/fs/cgroup")
     is_v2 = (root / "cgroup.controllers").exists()
-    hierarchies = [root] if is_v2 else [each for each in root.iterdir() if each.is_dir()]
+    # On v1 some are links to where two controllers are together.
+    found = [each for each in root.iterdir() if each.is_dir() and not each.is_symlink()]
+    hierarchies = [root] if is_v2 else found
     made = [hierarchy / path.lstrip("/") for hierarchy in hierarchies]
     for folder in made:
         for parent in (folder.parent, folder):

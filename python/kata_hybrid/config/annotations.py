@@ -48,14 +48,6 @@ def _flag(text: str) -> bool:
     return _FLAGS[text.strip()]
 
 
-def _on(text: str) -> bool:
-    """A pod may ask to be in its cgroup, not to be out of it."""
-    if not _flag(text):
-        message = "allowed: only the configuration takes a machine out of its pod's cgroup"
-        raise ValueError(message)
-    return True
-
-
 def _whole(text: str) -> int:
     if not _DIGITS.fullmatch(text.strip()):
         message = "a whole number"
@@ -129,7 +121,7 @@ _RUNTIME: Final[_Names] = {
     # Kata spells the same runtime with a hyphen here.
     "name": _Annotation("name", lambda text: text.replace("-", "_")),
     "disable_guest_seccomp": _Annotation("disable_guest_seccomp", _flag),
-    "sandbox_cgroup_only": _Annotation("sandbox_cgroup_only", _on),
+    "sandbox_cgroup_only": _Annotation("sandbox_cgroup_only", _flag),
     "internetworking_model": _Annotation("internetworking_model", _text),
 }
 _OTHER_NAMES: Final = {
@@ -234,6 +226,11 @@ def _changed(
         _check_path(section, annotation.key, name=name, text=text)
     fields: dict[str, Any] = {key.field: value}
     old = getattr(section, key.field)
+    if annotation.key == "sandbox_cgroup_only" and old and not value:
+        message = (
+            f"annotation {name}: only the configuration takes a machine out of its pod's cgroup"
+        )
+        raise InvalidSpecError(message)
     if annotation.key == "kernel_params":
         fields[key.field] = _merged_parameters(old, fields[key.field])
     elif annotation.key == "default_maxvcpus" and old:

@@ -1,4 +1,4 @@
-"""What is mounted on or below a folder, and how to detach it.
+"""The mount table: what is mounted on or below a folder, and how to detach it.
 
 Used before anything is removed recursively: a bind mount may be of the same file system as the
 folder it lies in, so that nothing but the mount table tells it apart, and what is below it is
@@ -17,6 +17,33 @@ _EINVAL = 22
 _CHUNK_BYTES = 1 << 16
 
 
+class Mount:
+    """One line of the table (proc_pid_mountinfo(5)); names as ``os.fsdecode`` gives them."""
+
+    __slots__ = ("kind", "options", "point", "root")
+
+    def __init__(self, line: bytes) -> None:
+        """Read a line; nothing but blanks and line feeds separates, whatever is in the names."""
+        before, _, after = line.partition(b" - ")
+        fields = before.split(b" ", 5)
+        self.root = _plain(fields[3])
+        """The part of the file system that is mounted."""
+        self.point = _plain(fields[4])
+        # After the dash: type, source, options of the file system; a source may be empty.
+        kind, *_, options = after.split(b" ")
+        self.kind = kind.decode()
+        self.options = options.decode("utf-8", "surrogateescape").split(",")
+
+
+def mount_table() -> list[Mount]:
+    """Return what is mounted in this mount namespace, in the order it was.
+
+    Raises:
+        OSError: the table cannot be read.
+    """
+    return [Mount(line) for line in _read_table().split(b"\n") if line]
+
+
 def mounts_below(path: str) -> list[str]:
     """Return the mount points at and below a folder, in the order they were mounted.
 
@@ -27,7 +54,7 @@ def mounts_below(path: str) -> list[str]:
         real = _real_path(path)
     except FileNotFoundError:
         return []
-    points = [_mount_point(line) for line in _read_table().splitlines()]
+    points = [mount.point for mount in mount_table()]
     return [point for point in points if point == real or point.startswith(real + "/")]
 
 
@@ -38,12 +65,10 @@ def file_system_at(path: str) -> tuple[str, list[str]] | None:
         OSError: the mount table cannot be read.
     """
     found = None
-    for line in _read_table().splitlines():
+    for mount in mount_table():
         # The last mount on a point is the one that is seen.
-        if _mount_point(line) == path:
-            # After the dash: type, source, options (proc(5)); a source may be empty.
-            kind, *_, options = line.partition(b" - ")[2].split()
-            found = kind.decode(), options.decode("utf-8", "surrogateescape").split(",")
+        if mount.point == path:
+            found = mount.kind, mount.options
     return found
 
 
@@ -99,9 +124,8 @@ def _read_table() -> bytes:
         posix.close(fd)
 
 
-def _mount_point(line: bytes) -> str:
-    r"""Return field 5 of a line, its octal escapes undone: blank, tab, newline, backslash."""
-    text = line.split(b" ", 5)[4]
+def _plain(text: bytes) -> str:
+    r"""Undo a name's octal escapes: blank, tab, newline, backslash."""
     for code, plain in ((b"040", b" "), (b"011", b"\t"), (b"012", b"\n"), (b"134", b"\\")):
         text = text.replace(b"\\" + code, plain)
     return text.decode("utf-8", "surrogateescape")

@@ -19,11 +19,11 @@ import time
 from collections.abc import Callable
 
 from kata_hybrid.persist import mounts, netns
+from kata_hybrid.persist.cgroups import remove_cgroups
 
 STATE_FILE = "state.json"
 PID_FILE = "shim.pid"
 _KILL_TIMEOUT_S = 2.0
-_CGROUP_TIMEOUT_S = 1.0
 _MAX_STATE_BYTES = 16 << 20
 
 Victim = tuple[str, int, int]
@@ -47,8 +47,8 @@ def clean_up(run_dir: str, *, unmount: Callable[[str], None] = mounts.unmount) -
     problems += kill_all(_processes(helpers if isinstance(helpers, list) else [], default_name=""))
     for path in reversed(_paths(state, "mounts")):
         _attempt(unmount, path, problems=problems)
-    for path in reversed(_paths(state, "cgroups")):
-        _attempt(remove_cgroup, path, problems=problems)
+    left = remove_cgroups(_paths(state, "cgroups"))
+    problems += [f"remove cgroup {path}: {reason}" for path, reason in left.items()]
     problems += _release_links(state.get("links"))
     problems += mounts.unmount_below(run_dir)
     _attempt(_remove_tree, run_dir, problems=problems)
@@ -121,45 +121,6 @@ def start_ticks(pid: int) -> int | None:
         return None
     fields = stat[stat.rindex(b")") + 2 :].split()
     return None if fields[0] in {b"Z", b"X"} else int(fields[19])
-
-
-def remove_cgroup(path: str) -> None:
-    """Remove a cgroup folder and those below it, killing what is still inside.
-
-    Raises:
-        OSError: it is still in use after the time allowed.
-    """
-    if not path.startswith("/sys/fs/cgroup/") or "/../" in path + "/":
-        raise OSError(0, "not a cgroup path", path)
-    deadline = time.monotonic() + _CGROUP_TIMEOUT_S
-    while True:
-        try:
-            for folder, _, _ in os.walk(path, topdown=False):
-                _kill_members(folder)
-                os.rmdir(folder)  # noqa: PTH106
-        except FileNotFoundError:
-            continue
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)  # There is no event for "the last member is gone" on v1.
-            continue
-        return
-
-
-def _kill_members(folder: str) -> None:
-    """Kill the processes in one cgroup, which nobody but the recorded sandbox has entered."""
-    try:
-        with open(f"{folder}/cgroup.procs", "rb") as file:  # noqa: PTH123
-            members = [int(word) for word in file.read().split()]
-    except OSError:
-        return
-    for pid in members:
-        if pid > 1 and pid != os.getpid():
-            try:  # noqa: SIM105 - contextlib is not imported here
-                os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass
 
 
 def _processes(entries: list[object], *, default_name: str) -> list[Victim]:

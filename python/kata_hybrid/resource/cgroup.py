@@ -4,29 +4,30 @@
 
 The path is the OCI spec's (``linux.cgroupsPath``, runtime-spec config-linux.md); kubelet limits and
 reads the folder above it. On cgroup v2 it is one folder, on v1 one for each controller. No limit is
-set here: the containers' own hold in the guest. Only folders that were not there, or were empty,
-are removed in the end: recovery kills whom it finds in them.
+set here: the containers' own hold in the guest. Folders that were not there, or were empty, are
+removed in the end, if nobody else has come meanwhile.
 """
 
+import asyncio
 import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
-from kata_hybrid.aio.blocking import call_in_thread
+from kata_hybrid.aio.blocking import begin_in_thread
 from kata_hybrid.errors import FailedPreconditionError, InvalidSpecError, UnavailableError
-from kata_hybrid.persist.recovery import remove_cgroup
+from kata_hybrid.persist.cgroups import remove_cgroups
+from kata_hybrid.persist.mounts import Mount, mount_table
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 DEFAULT_PARENT: Final = "/kata_sandboxed_pod"
 """Where a sandbox goes whose spec names no path; Kata's."""
-_MOUNTS: Final = Path("/proc/self/mountinfo")
 _OWN: Final = Path("/proc/self/cgroup")
 _ROOT: Final = Path("/sys/fs/cgroup")
 _PROCESSES: Final = "cgroup.procs"
@@ -51,8 +52,8 @@ class Hierarchy:
     is_v2: bool
     controllers: frozenset[str]
     """Of v1; of v2 the folders say themselves."""
-    own: str
-    """This process's place in it, before it was moved."""
+    own: Path
+    """The folder this process was in before it was moved."""
 
 
 class SandboxCgroup:
@@ -61,6 +62,7 @@ class SandboxCgroup:
     def __init__(self, path: str) -> None:
         """``path``: below each hierarchy's root, as :func:`sandbox_path` gives it."""
         self._path = path.strip("/")
+        self._entering: asyncio.Future[None] | None = None
         self._joined: list[Hierarchy] = []
         self._owned: tuple[str, ...] = ()
 
@@ -79,7 +81,8 @@ class SandboxCgroup:
         self._owned = tuple(os.fspath(folder) for folder in folders if _is_free(folder))
         record(cgroups=self._owned)
         # The first move of a process waits for every processor: milliseconds.
-        await _in_thread(lambda: self._enter(hierarchies))
+        self._entering = begin_in_thread(lambda: self._enter(hierarchies), name="cgroup")
+        await _answer(self._entering)
 
     def _enter(self, hierarchies: list[Hierarchy]) -> None:
         for hierarchy in hierarchies:
@@ -101,29 +104,34 @@ class SandboxCgroup:
         Raises:
             UnavailableError: the kernel does not come back; the folders stay recorded.
         """
-        if not self._joined and not self._owned:
+        if self._entering is None:
             return
-        left = await _in_thread(self._leave)
-        self._joined, self._owned = [], left
-        record(cgroups=left)
+        # Whoever gave up waiting for it did not end it.
+        with contextlib.suppress(FailedPreconditionError):
+            await _answer(self._entering)
+        self._entering = None
+        left = await _answer(begin_in_thread(self._leave, name="cgroup"))
+        for folder, reason in left.items():
+            _log.warning("cgroup stays", extra={"cgroup": folder, "reason": reason})
+        self._owned = tuple(left)
+        record(cgroups=self._owned)
 
-    def _leave(self) -> tuple[str, ...]:
-        """Return the folders that could not be removed."""
+    def _leave(self) -> dict[str, str]:
+        """Return the folders that stay, and why."""
         for hierarchy in self._joined:
-            _go_back(hierarchy)
-        left = []
-        for folder in self._owned:
-            try:
-                remove_cgroup(folder)
-            except OSError as exc:
-                _log.warning("cgroup stays", extra={"cgroup": folder, "error": str(exc)})
-                left.append(folder)
-        return tuple(left)
+            folder = hierarchy.mount_point / self._path
+            # What this process started and is not its own to end, such as loggers, goes along.
+            movers = _family(folder) if os.fspath(folder) in self._owned else []
+            for pid in (os.getpid(), *movers):
+                _go_back(hierarchy, pid)
+        self._joined = []
+        return remove_cgroups(self._owned)
 
 
-async def _in_thread(work: Callable[[], _T]) -> _T:
+async def _answer(work: "asyncio.Future[_T]") -> _T:
     try:
-        return await call_in_thread(work, name="cgroup", timeout_s=_TIMEOUT_S)
+        async with asyncio.timeout(_TIMEOUT_S):
+            return await asyncio.shield(work)
     except TimeoutError as exc:
         message = f"cgroups of the sandbox: the kernel has not answered for {_TIMEOUT_S:g} s"
         raise UnavailableError(message) from exc
@@ -165,35 +173,48 @@ def _slice_path(name: str) -> str:
 
 
 def _hierarchies() -> Iterator[Hierarchy]:
-    """Find the trees that have controllers: v1's, or v2's where there are none of v1's."""
+    """Find the trees that have controllers: v1's, v2's, or some of each (a hybrid host)."""
     own = dict(_own_places())
-    version1, version2 = [], []
-    for line in _MOUNTS.read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        mount_point = Path(before.split()[4])
-        kind, _, options = after.split(" ", 2)
+    seen: set[frozenset[str]] = set()
+    version2 = None
+    for mount in mount_table():
+        mount_point = Path(mount.point)
         if not mount_point.is_relative_to(_ROOT):
             continue
-        if kind == "cgroup2":
-            place = own.get("", "/")
-            version2.append(
-                Hierarchy(mount_point=mount_point, is_v2=True, controllers=frozenset(), own=place)
+        if mount.kind == "cgroup2":
+            version2 = version2 or Hierarchy(
+                mount_point=mount_point,
+                is_v2=True,
+                controllers=frozenset(),
+                own=_place(mount, own.get("", "/")),
             )
-        elif kind == "cgroup":
-            controllers = frozenset(options.split(",")) & own.keys()
-            if controllers:
-                place = own[next(iter(controllers))]
-                version1.append(
-                    Hierarchy(
-                        mount_point=mount_point, is_v2=False, controllers=controllers, own=place
-                    )
+        elif mount.kind == "cgroup":
+            controllers = frozenset(own).intersection(mount.options)
+            # A tree may be mounted twice.
+            if controllers and controllers not in seen:
+                seen.add(controllers)
+                yield Hierarchy(
+                    mount_point=mount_point,
+                    is_v2=False,
+                    controllers=controllers,
+                    own=_place(mount, own[next(iter(controllers))]),
                 )
-    yield from version1 or version2[:1]
+    if version2 and (not seen or (version2.mount_point / "cgroup.controllers").read_text().strip()):
+        yield version2
+
+
+def _place(mount: Mount, path: str) -> Path:
+    """Return where a path of a tree is seen; the top of what is mounted where it is not."""
+    with contextlib.suppress(ValueError):
+        return Path(mount.point) / Path(path).relative_to(mount.root)
+    return Path(mount.point)
 
 
 def _own_places() -> Iterator[tuple[str, str]]:
     """Give the place of this process for each controller; for the empty name, that of v2."""
-    for line in _OWN.read_text().splitlines():
+    for line in os.fsdecode(_OWN.read_bytes()).split("\n"):
+        if not line:
+            continue
         _, names, place = line.split(":", 2)
         for name in names.split(","):
             if not name.startswith("name="):
@@ -223,10 +244,20 @@ def _make(folder: Path, hierarchy: Hierarchy) -> None:
 
 def _enable_controllers(folder: Path) -> None:
     """Let the folders below have what this one has; kubelet and containerd do so for theirs."""
+    try:
+        # With processes in it, it would become a threaded domain: nobody could enter a folder below
+        # (cgroup-v2.rst, "Threads"). The root alone may have both; it alone has no type.
+        if (folder / "cgroup.type").exists() and (folder / _PROCESSES).read_text():
+            return
+    except OSError:
+        return
+    enabled = (folder / "cgroup.subtree_control").read_text().split()
     for controller in (folder / "cgroup.controllers").read_text().split():
-        # EBUSY: processes are in it, so that its controllers count for all of them together.
-        with contextlib.suppress(OSError):
-            (folder / "cgroup.subtree_control").write_text(f"+{controller}")
+        if controller not in enabled:
+            # One that cannot be had now, such as cpu while realtime threads run, is no reason
+            # to do without the others.
+            with contextlib.suppress(OSError):
+                (folder / "cgroup.subtree_control").write_text(f"+{controller}")
 
 
 def _inherit_cpuset(folder: Path) -> None:
@@ -236,13 +267,37 @@ def _inherit_cpuset(folder: Path) -> None:
             (folder / name).write_text((folder.parent / name).read_text())
 
 
-def _go_back(hierarchy: Hierarchy) -> None:
-    """Return to the place before; it may have gone, or been closed to processes, meanwhile."""
-    for place in (hierarchy.own, "/"):
+def _go_back(hierarchy: Hierarchy, pid: int) -> None:
+    """Return to the place before, or to the top, should that be gone or closed meanwhile."""
+    for place in (hierarchy.own, hierarchy.mount_point):
         try:
-            (hierarchy.mount_point / place.lstrip("/") / _PROCESSES).write_text("0")
+            (place / _PROCESSES).write_text(str(pid))
+        except ProcessLookupError:
+            return
         except OSError as exc:
             if exc.errno not in {errno.ENOENT, errno.EBUSY, errno.EOPNOTSUPP, errno.ENODEV}:
                 _log.warning("leave cgroup", extra={"cgroup": place, "error": str(exc)})
         else:
             return
+
+
+def _family(folder: Path) -> list[int]:
+    """Return the members of a folder that descend from this process."""
+    try:
+        members = (folder / _PROCESSES).read_text().split()
+    except OSError:
+        return []
+    parents = {int(pid): _parent(pid) for pid in members}
+    family = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sorted(family - {os.getpid()})
+
+
+def _parent(pid: str) -> int:
+    """Return the parent's pid, 0 for a process that is gone (proc_pid_stat(5), field 4)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0
+    return int(stat[stat.rindex(b")") + 2 :].split()[1])

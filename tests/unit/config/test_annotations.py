@@ -187,6 +187,15 @@ def test_a_path_of_the_hosts_has_to_be_on_its_list(name: str, field: str, key: s
         )
 
 
+def test_a_pod_may_ask_to_be_in_its_cgroup_not_to_be_out_of_it() -> None:
+    name = "runtime.sandbox_cgroup_only"
+    allowing = config()
+    assert not annotated(allowing, {PREFIX + name: "false"}).runtime.sandbox_cgroup_only
+    inside = annotated(allowing, {PREFIX + name: "true"})
+    assert inside.runtime.sandbox_cgroup_only
+    assert "only the configuration" in refused(inside, name, "false")
+
+
 # --- what is wrong --------------------------------------------------------------------------------
 
 
@@ -213,7 +222,7 @@ def test_a_path_of_the_hosts_has_to_be_on_its_list(name: str, field: str, key: s
         (H + "kernel_params", 'a="b', "closed quotes"),
         (H + "machine_type", "pc", "one of q35"),
         ("runtime.disable_guest_seccomp", "yes", "true or false"),
-        ("runtime.sandbox_cgroup_only", "false", "not allowed"),
+        ("runtime.sandbox_cgroup_only", "no", "true or false"),
         ("runtime.name", "wasm-container", "one of virt_container"),
         ("runtime.hypervisor_name", "clh", "one of builtin, qemu"),
         ("agent.container_pipe_size", "²", "a whole number"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from kata_hybrid.persist import mounts
 from kata_hybrid.persist.mounts import mounts_below, unmount, unmount_below
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -47,3 +48,17 @@ def test_a_folder_that_is_gone_has_no_mounts(tmp_path: Path) -> None:
 
 def test_a_name_that_only_begins_alike_is_not_below(tmp_path: Path) -> None:
     assert mounts_below(str(tmp_path)) == []
+
+
+def test_only_blanks_and_line_feeds_separate(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = (
+        "22 1 0:5 / /mnt/a\u2028b\x85\x0bc rw shared:1 - tmpfs tmp\rfs rw,size=1k\n"
+        "23 1 0:6 /sub\\040dir /mnt/d\\134040 rw - ext4  rw\n"
+    ).encode()
+    monkeypatch.setattr(mounts, "_read_table", lambda: table + b"24 1 0:7 / /mnt/\xff rw - x y z\n")
+    first, second, third = mounts.mount_table()
+    assert (first.point, first.kind) == ("/mnt/a\u2028b\x85\x0bc", "tmpfs")
+    assert first.options == ["rw", "size=1k"]
+    assert (second.root, second.point) == ("/sub dir", "/mnt/d\\040")
+    assert (second.kind, second.options) == ("ext4", ["rw"])
+    assert third.point == "/mnt/\udcff"

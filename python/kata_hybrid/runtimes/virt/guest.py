@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol
 
 from kata_hybrid.agent.base import Agent
+from kata_hybrid.aio.ending import Ending
 from kata_hybrid.aio.supervisor import Supervisor
 from kata_hybrid.config.model import AgentConfig
 from kata_hybrid.errors import KataError, VmExitedError, VmmError
@@ -145,8 +146,7 @@ class VirtGuest:
         self._details: GuestDetails | None = None
         self._supervisor = Supervisor("guest")
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._end = Supervisor("guest end")
-        self._stopping: asyncio.Task[None] | None = None
+        self._ending = Ending(self._stop, name="guest end")
 
     @property
     def folder(self) -> SharedFolder:
@@ -311,10 +311,7 @@ class VirtGuest:
 
     async def stop(self) -> None:
         """End it now and release everything. Idempotent."""
-        # A caller that is cancelled does not end it half-way: the next one waits for the rest.
-        if self._stopping is None:
-            self._stopping = self._end.start(self._stop(), name="guest end")
-        await asyncio.shield(self._stopping)
+        await self._ending()
 
     async def _stop(self) -> None:
         steps = (
@@ -329,8 +326,12 @@ class VirtGuest:
         for step in steps:
             try:
                 await step()
-            except KataError as exc:
-                _log.warning("stop step failed", extra={"step": repr(step), "error": str(exc)})
+            except Exception as exc:  # noqa: BLE001 - a broken step keeps nothing else from being released
+                _log.warning(
+                    "stop step failed",
+                    extra={"step": repr(step), "error": str(exc)},
+                    exc_info=None if isinstance(exc, KataError) else exc,
+                )
         self._resources.close()
         if not self._lost.done():
             self._lost.set_result("stopped")

@@ -19,6 +19,7 @@ from typing import Final, Protocol
 
 from kata_hybrid.agent import convert
 from kata_hybrid.agent.streams import HostStreams
+from kata_hybrid.aio.ending import Ending
 from kata_hybrid.aio.supervisor import Supervisor
 from kata_hybrid.errors import (
     AgentTimeoutError,
@@ -113,6 +114,7 @@ class VirtSandbox:
         self._store = store
         self._events = events
         self._supervisor = Supervisor("sandbox")
+        self._ending = Ending(self._close, name="sandbox end")
         self._exits = Exits(events, pid=self._task_pid)
         self._state = SandboxState.EMPTY
         self._guest: Guest | None = None
@@ -430,9 +432,10 @@ class VirtSandbox:
 
     async def close(self) -> None:
         """End the guest and release everything. Idempotent."""
-        if self._state is SandboxState.CLOSED:
-            return
         self._state = SandboxState.CLOSED
+        await self._ending()
+
+    async def _close(self) -> None:
         await self._exits.end_all(list(self._containers.values()))
         await self._exits.close()
         await self._supervisor.close()

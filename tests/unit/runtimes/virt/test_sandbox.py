@@ -302,6 +302,30 @@ async def test_a_full_disk_is_told_and_undoes_the_create(tmp_path: Path) -> None
 
 
 @on_loop
+async def test_a_close_given_up_is_waited_for_by_the_next(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    await world.create()
+    reached, go_on = asyncio.Event(), asyncio.Event()
+    stop = world.guest.stop
+
+    async def slow() -> None:
+        reached.set()
+        await go_on.wait()
+        await stop()
+
+    world.guest.stop = slow  # type: ignore[method-assign]
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(world.sandbox.close())
+        await reached.wait()
+        first.cancel()
+        second = group.create_task(world.sandbox.close())
+        await asyncio.wait([first])
+        assert not second.done()
+        go_on.set()
+    assert world.record()["containers"] == []
+
+
+@on_loop
 async def test_a_closed_sandbox_takes_no_container(tmp_path: Path) -> None:
     world = World(tmp_path)
     await world.create()
