@@ -189,6 +189,27 @@ class Cri:
             finally:
                 process.kill()
 
+    @contextlib.contextmanager
+    def forwarded(self, pod_id: str, port: int) -> Iterator[int]:
+        """Forward a port of a pod, and give the node's that stands for it."""
+        with subprocess.Popen(
+            self.argv("port-forward", pod_id, f":{port}"),
+            env=self.containerd.environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                assert process.stdout is not None
+                # Such as: Forwarding from 127.0.0.1:39153 -> 8080
+                line = process.stdout.readline()
+                words = line.split()
+                if words[:2] != ["Forwarding", "from"]:
+                    message = f"crictl port-forward {pod_id} :{port}: {line!r}"
+                    raise DaemonError(message)
+                yield int(words[2].rpartition(":")[2])
+            finally:
+                process.kill()
+
     def wait_for_images(self, *names: str) -> None:
         """Wait until images that were imported are known: that is told by events."""
 

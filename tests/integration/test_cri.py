@@ -1,9 +1,11 @@
 """Pods by way of containerd's Kubernetes part, each a machine: what a kubelet relies on."""
 
+import contextlib
 import hashlib
 import os
 import secrets
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from harness.cri import GATEWAY, Cri, missing_programs, pod_cgroup, write_networ
 from harness.daemon import Containerd, ContainerdInstall, CriSettings, private_containerd
 from harness.deadline import wait_until
 from harness.leaks import find_processes
+from harness.pods import Namespace
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
 _FOREVER = ("sleep", "100000")
@@ -104,6 +107,42 @@ def test_containers_of_a_pod_talk_over_localhost_and_share_one_machine(
             }
             assert len(boots) == 1
             assert boots != {Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+
+
+def received(client: socket.socket) -> bytes:
+    """Return what comes until the end, or a reset."""
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while more := client.recv(1 << 16):
+            data += more
+    return data
+
+
+def test_a_port_is_forwarded_to_whoever_listens_in_the_pod(cri: Cri, node: Path) -> None:
+    script = (
+        "dd if=/dev/urandom of=/tmp/data bs=64k count=64 2>/dev/null; sha256sum </tmp/data;"
+        "exec httpd -f -p 127.0.0.1:8080 -h /tmp"
+    )
+    connect = Namespace(node.name).connect
+    with cri.pod() as pod:
+        server = pod.start("sh", "-c", script)
+        written: list[str] = []
+
+        def is_written() -> bool:
+            written[:] = cri.run("logs", server).text.split()
+            return bool(written)
+
+        wait_until(is_written, what="the digest of the data", timeout_s=20)
+        with cri.forwarded(pod.id, 8080) as port:
+            for _ in range(3):
+                with connect("127.0.0.1", port) as client:
+                    client.sendall(b"GET /data HTTP/1.0\r\n\r\n")
+                    head, _, data = received(client).partition(b"\r\n\r\n")
+                    assert b" 200 " in head
+                    assert hashlib.sha256(data).hexdigest() == written[0]
+        with cri.forwarded(pod.id, 8081) as port, connect("127.0.0.1", port) as client:
+            # Nobody listens there.
+            assert received(client) == b""
 
 
 def test_output_is_logged_and_commands_are_run_and_attached_to(cri: Cri) -> None:

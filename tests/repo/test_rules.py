@@ -91,12 +91,14 @@ def test_only_the_adapters_touch_the_extension() -> None:
     }
     assert found <= {
         "agent/client.py",
+        "agent/forward.py",
         "agent/stdio.py",
         "aio/events.py",
         "hypervisor/builtin.py",
         "hypervisor/probe.py",
         "hypervisor/vsock_backend.py",
         "resource/mount.py",
+        "resource/network/loopback.py",
         "runtimes/virt/factory.py",  # wires a sandbox's parts together
         "shim/run.py",
     }

@@ -15,6 +15,8 @@ pub(crate) struct Config {
     pub(crate) log_level: Level,
     /// vsock port of the log stream; 0 is none.
     pub(crate) log_vport: u32,
+    /// vsock port of the loopback's ports (`forward`); 0 is none.
+    pub(crate) forward_vport: u32,
     pub(crate) server_address: String,
     /// Bytes; 0 leaves the kernel's default.
     pub(crate) container_pipe_size: u32,
@@ -26,6 +28,7 @@ impl Default for Config {
         Self {
             log_level: Level::Info,
             log_vport: 0,
+            forward_vport: 0,
             server_address: DEFAULT_SERVER_ADDRESS.to_owned(),
             container_pipe_size: 0,
             hotplug_timeout: Duration::from_secs(3),
@@ -51,6 +54,7 @@ impl Config {
         match key {
             "agent.log" => self.log_level = Level::parse(value)?,
             "agent.log_vport" => self.log_vport = value.parse().ok()?,
+            "agent.forward_vport" => self.forward_vport = value.parse().ok()?,
             "agent.server_addr" => self.server_address = server_address(value)?,
             "agent.container_pipe_size" => self.container_pipe_size = value.parse().ok()?,
             "agent.hotplug_timeout" => {

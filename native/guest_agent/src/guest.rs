@@ -14,6 +14,7 @@ use protocols::csi::{VolumeCondition, VolumeStatsResponse, VolumeUsage, volume_u
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::error::{AgentError, IoContext, Result};
+use crate::forward;
 use crate::mount::absolute;
 use crate::storage;
 
@@ -35,7 +36,9 @@ pub(crate) fn details(request: &GuestDetailsRequest) -> Result<GuestDetailsRespo
     details.init_daemon = std::process::id() == 1;
     details.storage_handlers = storage::DRIVERS.map(str::to_owned).to_vec();
     details.supports_seccomp = Path::new("/proc/sys/kernel/seccomp").exists();
-    details.extra_features = vec!["seccomp".to_owned(), WAIT_KEEPS_OUTPUT.to_owned()];
+    details.extra_features = ["seccomp", WAIT_KEEPS_OUTPUT, forward::FEATURE]
+        .map(str::to_owned)
+        .to_vec();
     let mut response = GuestDetailsResponse::new();
     response.agent_details = MessageField::some(details);
     if request.mem_block_size {

@@ -16,6 +16,7 @@ mod container;
 mod copy_file;
 mod device;
 mod error;
+mod forward;
 mod guest;
 mod init;
 mod log;
@@ -97,6 +98,9 @@ fn run(config: Config) -> Result<()> {
     let result = runtime.block_on(async {
         if config.log_vport != 0 {
             tokio::spawn(log::serve(config.log_vport));
+        }
+        if config.forward_vport != 0 {
+            tokio::spawn(forward::serve(config.forward_vport));
         }
         let sandbox = Sandbox::new(config)?;
         server::serve(sandbox).await

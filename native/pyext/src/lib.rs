@@ -10,6 +10,7 @@ mod detach;
 mod errors;
 mod events;
 mod host;
+mod loopback;
 mod mount;
 mod vmm;
 mod vsock;
@@ -39,6 +40,8 @@ mod _native {
         use crate::host::{
             enter_private_mount_namespace, mount, set_child_subreaper, set_thread_name, unmount,
         };
+        #[pymodule_export]
+        use crate::loopback::catch_loopback;
     }
 
     /// Machines in this process, and what this host can run.

@@ -10,6 +10,7 @@ use vsock_io::address::Address;
 use vsock_io::dial::Dial;
 use vsock_io::event::Completion;
 use vsock_io::reactor::Reactor;
+use vsock_io::relay::Relay;
 use vsock_io::status::Code;
 use vsock_io::stdio::pump::{OutputStream, ProcessName};
 
@@ -46,6 +47,18 @@ impl IoThread {
         let dial = Dial::new(token, address, port, Duration::from_millis(timeout_ms));
         let handle = self.reactor.handle();
         if let Err(error) = handle.add(dial) {
+            let completion = Completion::failed(token, Code::CANCELLED, error.to_string());
+            handle.sink().complete(completion);
+        }
+        Ok(())
+    }
+
+    /// Copy between two connected stream sockets both ways until both have ended, then close them.
+    fn relay(&self, token: u64, first_fd: RawFd, second_fd: RawFd) -> Result<(), NativeError> {
+        let first = take_fd(first_fd)?;
+        let relay = Relay::new(token, first, take_fd(second_fd)?);
+        let handle = self.reactor.handle();
+        if let Err(error) = handle.add(relay) {
             let completion = Completion::failed(token, Code::CANCELLED, error.to_string());
             handle.sink().complete(completion);
         }

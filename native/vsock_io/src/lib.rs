@@ -16,6 +16,7 @@ pub mod dial;
 pub mod event;
 pub mod hybrid;
 pub mod reactor;
+pub mod relay;
 pub mod status;
 pub mod stdio;
 mod thread;

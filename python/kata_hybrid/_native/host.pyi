@@ -1,6 +1,7 @@
 """Linux calls that Python's standard library lacks."""
 
 __all__ = [
+    "catch_loopback",
     "enter_private_mount_namespace",
     "mount",
     "set_child_subreaper",
@@ -44,6 +45,19 @@ def mount(source: str, target: str, fstype: str, options: list[str]) -> None:
 
 def unmount(target: str) -> None:
     """umount2(MNT_DETACH | UMOUNT_NOFOLLOW). A target that is no mount point is no error.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+
+def catch_loopback(namespace_fd: int, listener_fd: int) -> int:
+    """Let a listening TCP socket have every connection to a network namespace's loopback.
+
+    Any port of 127.0.0.0/8 and ::1, before a listener of that port is looked for; an IPv6 socket
+    that is not IPv6 only gets both. By bpf(2), ``BPF_PROG_TYPE_SK_LOOKUP`` (Linux 5.9).
+
+    Returns:
+        The hook's descriptor, the caller's own: closing it, or the process's end, undoes it.
 
     Raises:
         OSError: the kernel refused.

@@ -32,6 +32,15 @@ class IoThread:
         Raises:
             ValueError: the address has another form.
         """
+    def relay(self, token: int, first_fd: int, second_fd: int) -> None:
+        """Copy between two connected stream sockets, both ways, each until its end of file.
+
+        Both are taken over, and closed when both directions have ended or one fails. The event's
+        value is the byte count, both ways together; its code is UNAVAILABLE after a failure.
+
+        Raises:
+            OSError: a descriptor is not open; the first may have been taken.
+        """
     def close(self) -> None:
         """Stop the thread: pending operations complete with CANCELLED, descriptors are closed.
 

@@ -5,6 +5,7 @@ client; ``testing`` has a fake that passes the same contract suite. Every call h
 except those that wait for the guest to act (``wait_process``, ``oom_event``).
 """
 
+import socket
 from typing import Protocol
 
 from kata_hybrid.agent.streams import HostStreams
@@ -55,6 +56,12 @@ class Agent(Protocol):
 
     async def forward_log(self, *, address: str, port: int) -> None:
         """Copy the agent's own log into ours until it ends. An agent without one is no error."""
+
+    async def forward_ports(self, listener: socket.socket, *, address: str, port: int) -> None:
+        """Connect the guest's loopback to a listening socket, each connection to the port it asks.
+
+        Until cancelled. Only of an agent that has the feature (``forward.py``).
+        """
 
     async def check(self, *, timeout_s: float) -> None:
         """Health check."""

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from kata_hybrid._native import vsock
 from kata_hybrid.agent import convert
+from kata_hybrid.agent.forward import PortForward
 from kata_hybrid.agent.log import forward
 from kata_hybrid.agent.network import interface_message, neighbor_message, route_message
 from kata_hybrid.agent.stdio import ProcessCopies
@@ -118,6 +119,10 @@ class AgentClient:
             return
         if isinstance(fd, int):
             await forward(socket.socket(fileno=fd))
+
+    async def forward_ports(self, listener: socket.socket, *, address: str, port: int) -> None:
+        """Connect the guest's loopback to a listening socket, until cancelled."""
+        await PortForward(self._io, self._events, address=address, port=port).serve(listener)
 
     def copy_streams(
         self, container_id: ContainerId, exec_id: ExecId | None, *, streams: HostStreams

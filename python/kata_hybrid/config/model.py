@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from kata_hybrid.types import FolderCache
 
@@ -134,6 +134,10 @@ class QemuConfig(HypervisorConfig):
     valid_entropy_sources: tuple[str, ...] = ()
     virtio_fs_daemon: Path | None = None
     virtio_fs_extra_args: tuple[str, ...] = ()
+
+
+FORWARD_PORT: Final = 1027
+"""The vsock port on which the guest's agent is told to take connections to its loopback."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ tsc=reliable, i8042.*, 8250.nr_uarts, mitigations=off, a CPU without la57, smap,
 memory.
 """
 
-from kata_hybrid.config.model import Config, HypervisorName
+from kata_hybrid.config.model import FORWARD_PORT, Config, HypervisorName
 from kata_hybrid.errors import InvalidConfigError
 
 _COMMAND_LINE_BYTES = 2048
@@ -62,7 +62,7 @@ def kernel_params(config: Config, name: HypervisorName) -> tuple[str, ...]:
 
 def _agent_params(config: Config) -> tuple[str, ...]:
     agent = config.agent
-    params = [f"agent.log_vport={agent.log_port}"]
+    params = [f"agent.log_vport={agent.log_port}", f"agent.forward_vport={FORWARD_PORT}"]
     if agent.server_port != type(agent)().server_port:
         params.append(f"agent.server_addr=vsock://-1:{agent.server_port}")
     if agent.enable_debug:

@@ -6,6 +6,7 @@ answers arrive.
 """
 
 import asyncio
+import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -150,6 +151,11 @@ class FakeAgent:
     async def forward_log(self, *, address: str, port: int) -> None:
         """Has no log."""
         del address, port
+
+    async def forward_ports(self, listener: socket.socket, *, address: str, port: int) -> None:
+        """Connect nobody."""
+        del listener, address, port
+        await self._gone.wait()
 
     async def check(self, *, timeout_s: float) -> None:
         """Answer."""

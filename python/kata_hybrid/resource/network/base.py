@@ -5,6 +5,7 @@ Lifecycle: new ──open──▶ open ──wire──▶ wired ──describe
 
 from typing import Protocol
 
+from kata_hybrid.resource.network.loopback import Loopback
 from kata_hybrid.types import GuestNetwork, LinkHooks, NetworkDevice
 
 
@@ -37,6 +38,16 @@ class Network(Protocol):
 
         Raises:
             FailedPreconditionError: frames do not pass; the text says why.
+        """
+
+    async def catch_loopback(self) -> Loopback | None:
+        """Have the pod's loopback answered by a socket, which the caller owns.
+
+        Returns:
+            Nothing where there is no namespace.
+
+        Raises:
+            FailedPreconditionError: the host cannot do it; the text says why.
         """
 
     async def stop(self) -> None:

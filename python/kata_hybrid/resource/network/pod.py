@@ -16,9 +16,10 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from kata_hybrid.aio.blocking import begin_in_thread, call_in_thread
 from kata_hybrid.aio.process import Process, ProcessReaper
@@ -31,6 +32,7 @@ from kata_hybrid.errors import (
 )
 from kata_hybrid.persist import netns
 from kata_hybrid.resource.network.links import Link, read_links
+from kata_hybrid.resource.network.loopback import Loopback, catch_loopback
 from kata_hybrid.resource.network.tap import open_tap
 from kata_hybrid.types import (
     GuestInterface,
@@ -47,6 +49,7 @@ _SCAN_TIMEOUT_S: Final = 10.0
 _WIRING_TIMEOUT_S: Final = 30.0
 _MAX_ERROR_BYTES: Final = 1 << 16
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
@@ -179,6 +182,25 @@ class PodNetwork:
             neighbors=tuple(GuestNeighbor(**entry) for entry in description["neighbors"]),
         )
 
+    async def catch_loopback(self) -> Loopback | None:
+        """Have the pod's loopback answered by a socket, which the caller owns.
+
+        Raises:
+            FailedPreconditionError: the host cannot do it; the text says why.
+        """
+        if self._fd is None:
+            return None
+        catching = _begin_inside(self._fd, catch_loopback)
+        try:
+            async with asyncio.timeout(_SCAN_TIMEOUT_S):
+                return await asyncio.shield(catching)
+        except BaseException as exc:
+            catching.add_done_callback(_close_loopback)
+            if isinstance(exc, TimeoutError | OSError):
+                reason = getattr(exc, "strerror", None) or "not done in time"
+                raise self._failed(f"its loopback: {reason}") from exc
+            raise
+
     async def stop(self) -> None:
         """Give the links back as they were, and close the taps. Idempotent."""
         self._is_stopped = True
@@ -221,23 +243,37 @@ async def _open_inside(fd: int) -> tuple[Endpoint, ...]:
         OSError: the namespace cannot be entered or read, or a tap cannot be made.
         KataError: a link cannot be carried over.
     """
-    # Its own: it may still be at it when ours is closed.
-    copy = os.dup(fd)
 
-    def run() -> tuple[Endpoint, ...]:
-        try:
-            netns.enter(copy)
-        finally:
-            os.close(copy)
+    def run(namespace_fd: int) -> tuple[Endpoint, ...]:
+        netns.enter(namespace_fd)
         return _open_endpoints()
 
-    opening = begin_in_thread(run, name="netns")
+    opening = _begin_inside(fd, run)
     try:
         async with asyncio.timeout(_SCAN_TIMEOUT_S):
             return await asyncio.shield(opening)
     except BaseException:
         opening.add_done_callback(_close_unwanted)
         raise
+
+
+def _begin_inside(fd: int, work: Callable[[int], _T]) -> "asyncio.Future[_T]":
+    """Run ``work`` on a thread with a descriptor of the namespace."""
+    # Its own: it may still be at it when ours is closed.
+    copy = os.dup(fd)
+
+    def run() -> _T:
+        try:
+            return work(copy)
+        finally:
+            os.close(copy)
+
+    return begin_in_thread(run, name="netns")
+
+
+def _close_loopback(catching: "asyncio.Future[Loopback]") -> None:
+    if not catching.cancelled() and catching.exception() is None:
+        catching.result().close()
 
 
 def _close_unwanted(opening: "asyncio.Future[tuple[Endpoint, ...]]") -> None:

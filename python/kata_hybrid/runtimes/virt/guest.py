@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 from kata_hybrid.agent.base import Agent
 from kata_hybrid.aio.ending import Ending
 from kata_hybrid.aio.supervisor import Supervisor
-from kata_hybrid.config.model import AgentConfig
+from kata_hybrid.config.model import FORWARD_PORT, AgentConfig
 from kata_hybrid.errors import KataError, VmExitedError, VmmError
 from kata_hybrid.hypervisor.base import Hypervisor
 from kata_hybrid.resource.cgroup import SandboxCgroup
@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 
 WAIT_KEEPS_OUTPUT: Final = "wait-keeps-output"
 """The agent keeps unread output after an exit was collected, so exits need not wait for it."""
+PORT_FORWARD: Final = "port-forward"
+"""The agent connects the host to ports of the guest's loopback."""
 HEALTH_INTERVAL_S: Final = 30.0
 _LAST_WORDS_S: Final = 1.0
 """How much later than its effect the cause of a loss may be known."""
@@ -194,6 +196,8 @@ class VirtGuest:
         except BaseException:
             await self.stop()
             raise
+        if PORT_FORWARD in self.details.extra_features:
+            self._supervisor.start(self._forward_ports(), name="port forward")
         self._watch(self._agent_gone, name="agent")
         self._watch(self._unhealthy, name="health")
 
@@ -255,6 +259,21 @@ class VirtGuest:
             self._sandbox_id, hostname=hostname, dns=dns, storages=storages
         )
         self._details = await self.agent.guest_details()
+
+    async def _forward_ports(self) -> None:
+        """Let what listens on the guest's loopback be reached on the pod's."""
+        try:
+            loopback = await self._network.catch_loopback()
+        except KataError as exc:
+            _log.warning("ports of the guest are not forwarded", extra={"error": str(exc)})
+            return
+        if loopback is not None:
+            with contextlib.closing(loopback):
+                await self.agent.forward_ports(
+                    loopback.listener,
+                    address=self._hypervisor.agent_address,
+                    port=FORWARD_PORT,
+                )
 
     async def _unless_lost(self, work: Coroutine[Any, Any, None]) -> None:
         """Run ``work``, but give up as soon as the guest is gone."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.deadline import wait_until
 from harness.leaks import count_descriptors
 from harness.loop import on_loop
 from harness.pods import Node, Pod
@@ -21,6 +22,7 @@ from kata_hybrid.errors import (
 from kata_hybrid.persist import netns
 from kata_hybrid.resource.network import pod as pod_module
 from kata_hybrid.resource.network.links import Link, read_links
+from kata_hybrid.resource.network.loopback import Loopback, catch_loopback
 from kata_hybrid.resource.network.pod import MAX_LINKS, Endpoint, PodNetwork
 from kata_hybrid.types import GuestInterface, GuestNeighbor, GuestNetwork, GuestRoute
 
@@ -316,3 +318,44 @@ async def test_it_leaves_no_descriptor_open(pod: Pod) -> None:
         await network.stop()
         assert count_descriptors(os.getpid()) == inside
     assert count_descriptors(os.getpid()) == before
+
+
+@on_loop
+async def test_the_loopback_is_caught_and_given_back(pod: Pod) -> None:
+    pod.ip("link", "set", "lo", "up")
+    async with made(pod.path) as network:
+        await network.open()
+        loopback = await network.catch_loopback()
+        assert loopback is not None
+        with contextlib.closing(loopback), pod.connect("127.0.0.1", 7) as client:
+            connection, _ = await asyncio.get_running_loop().sock_accept(loopback.listener)
+            with connection:
+                assert connection.getpeername()[1] == client.getsockname()[1]
+    async with made(None) as network:
+        assert await network.catch_loopback() is None
+
+
+@on_loop
+async def test_a_loopback_that_is_given_up_is_closed(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = count_descriptors(os.getpid())
+    go_on = threading.Event()
+
+    def slow(namespace_fd: int) -> Loopback:
+        assert go_on.wait(10)
+        return catch_loopback(namespace_fd)
+
+    monkeypatch.setattr(pod_module, "catch_loopback", slow)
+    async with made(pod.path) as network:
+        await network.open()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await network.catch_loopback()
+    go_on.set()
+    await asyncio.to_thread(
+        wait_until,
+        lambda: count_descriptors(os.getpid()) <= before,
+        what="its end",
+        timeout_s=10,
+    )

@@ -1,11 +1,14 @@
 import asyncio
 import contextlib
+import os
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from harness.leaks import count_descriptors
 from harness.loop import on_loop
 from kata_hybrid.config.model import AgentConfig
 from kata_hybrid.errors import (
@@ -18,6 +21,7 @@ from kata_hybrid.errors import (
     VmmError,
 )
 from kata_hybrid.resource.cgroup import SandboxCgroup
+from kata_hybrid.resource.network.loopback import Loopback
 from kata_hybrid.resource.share_fs.base import SharedFolder
 from kata_hybrid.runtimes.virt import guest as guest_module
 from kata_hybrid.runtimes.virt.guest import VirtGuest
@@ -122,6 +126,7 @@ class Cards:
         self.devices: tuple[NetworkDevice, ...] = ()
         self.hooks: LinkHooks | None = None
         self.failure: KataError | None = None
+        self.loopback_failure: KataError | None = None
 
     async def open(self) -> tuple[NetworkDevice, ...]:
         if self.devices:
@@ -145,6 +150,12 @@ class Cards:
             )
         )
 
+    async def catch_loopback(self) -> Loopback | None:
+        self.steps.append("catch loopback")
+        if self.loopback_failure is not None:
+            raise self.loopback_failure
+        return Loopback(socket.socket(), os.open(os.devnull, os.O_RDONLY))
+
     async def stop(self) -> None:
         self.steps.append("stop network")
 
@@ -152,9 +163,10 @@ class Cards:
 class AskedAgent(FakeAgent):
     """Remembers how the sandbox was described."""
 
-    def __init__(self, steps: list[str]) -> None:
-        super().__init__()
+    def __init__(self, steps: list[str], features: frozenset[str]) -> None:
+        super().__init__(features=features)
         self.steps = steps
+        self.forwards = asyncio.Event()
         self.storages: tuple[GuestStorage, ...] = ()
 
     async def create_sandbox(
@@ -168,6 +180,11 @@ class AskedAgent(FakeAgent):
         self.steps.append(f"sandbox {sandbox_id} {hostname} {dns}")
         self.storages = storages
         await super().create_sandbox(sandbox_id, hostname=hostname, dns=dns, storages=storages)
+
+    async def forward_ports(self, listener: socket.socket, *, address: str, port: int) -> None:
+        self.steps.append("forward ports")
+        self.forwards.set()
+        await super().forward_ports(listener, address=address, port=port)
 
     async def close(self) -> None:
         self.steps.append("close agent")
@@ -193,12 +210,12 @@ class Group(SandboxCgroup):
 class World:
     """A guest made of recorded parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, features: frozenset[str] = frozenset()) -> None:
         self.steps: list[str] = []
         self.machine = Machine(self.steps)
         self.share = Share(self.steps)
         self.cards = Cards(self.steps)
-        self.agent = AskedAgent(self.steps)
+        self.agent = AskedAgent(self.steps, features)
         self.reported: list[Iterable[ProcessIdentity]] = []
         self.hooks: list[LinkHooks] = []
         resources = contextlib.ExitStack()
@@ -373,6 +390,35 @@ async def test_a_step_that_fails_does_not_keep_the_others_from_being_done(
     await world.guest.stop()
     assert world.steps == STOPPED
     assert await world.lost() == "stopped"
+
+
+@on_loop
+async def test_ports_are_forwarded_where_the_agent_can_and_given_back() -> None:
+    before = count_descriptors(os.getpid())
+    world = World(features=frozenset({"port-forward"}))
+    await world.start()
+    async with asyncio.timeout(10):
+        await world.agent.forwards.wait()
+    await world.guest.stop()
+    assert count_descriptors(os.getpid()) == before
+    other = World()
+    await other.start()
+    await asyncio.sleep(0)
+    await other.guest.stop()
+    assert "catch loopback" not in other.steps
+
+
+@on_loop
+async def test_a_loopback_that_cannot_be_caught_is_no_reason_to_fail(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World(features=frozenset({"port-forward"}))
+    world.cards.loopback_failure = FailedPreconditionError("an old kernel")
+    await world.start()
+    await asyncio.sleep(0)
+    assert "ports of the guest are not forwarded" in caplog.text
+    await world.guest.stop()
+    assert "forward ports" not in world.steps
 
 
 def share_fails(world: World) -> None:
