@@ -120,26 +120,29 @@ def received(client: socket.socket) -> bytes:
 
 def test_a_port_is_forwarded_to_whoever_listens_in_the_pod(cri: Cri, node: Path) -> None:
     script = (
-        "dd if=/dev/urandom of=/tmp/data bs=64k count=64 2>/dev/null; sha256sum </tmp/data;"
+        "dd if=/dev/urandom of=/tmp/data bs=64k count=64 2>/dev/null;"
         "exec httpd -f -p 127.0.0.1:8080 -h /tmp"
     )
+    digest = "wget -q -O- http://127.0.0.1:8080/data | sha256sum"
     connect = Namespace(node.name).connect
     with cri.pod() as pod:
         server = pod.start("sh", "-c", script)
-        written: list[str] = []
+        nothing = hashlib.sha256(b"").hexdigest()
+        expected = nothing
 
-        def is_written() -> bool:
-            written[:] = cri.run("logs", server).text.split()
-            return bool(written)
+        def is_served() -> bool:
+            nonlocal expected
+            expected = cri.exec(server, "sh", "-c", digest).split()[0]
+            return expected != nothing
 
-        wait_until(is_written, what="the digest of the data", timeout_s=20)
+        wait_until(is_served, what="an answer in the pod", timeout_s=20)
         with cri.forwarded(pod.id, 8080) as port:
             for _ in range(3):
                 with connect("127.0.0.1", port) as client:
                     client.sendall(b"GET /data HTTP/1.0\r\n\r\n")
                     head, _, data = received(client).partition(b"\r\n\r\n")
                     assert b" 200 " in head
-                    assert hashlib.sha256(data).hexdigest() == written[0]
+                    assert hashlib.sha256(data).hexdigest() == expected
         with cri.forwarded(pod.id, 8081) as port, connect("127.0.0.1", port) as client:
             # Nobody listens there.
             assert received(client) == b""

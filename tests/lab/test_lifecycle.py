@@ -98,7 +98,13 @@ def test_all_processors_are_online_and_work(smp: Machine) -> None:
         assert smp.run(f"taskset -c {number} awk '{{print $39}}' /proc/self/stat") == str(number)
 
 
+def user_ticks(machine: Machine) -> list[int]:
+    """Return how long each processor of the guest has run programs, in ticks."""
+    return [int(word) for word in machine.run("awk '/^cpu[0-9]/ {print $2}' /proc/stat").split()]
+
+
 def test_pauses_under_load(echo: Machine) -> None:
+    before = user_ticks(echo)
     clock = echo.begin(f"python3 -I -S /run/checks/clock_watch.py {LOAD_S}")
     load = echo.begin(
         f"cd /tmp && stress-ng --cpu {VCPUS} --vm 2 --vm-bytes 32m --io 2 --timeout {LOAD_S}s"
@@ -129,9 +135,11 @@ def test_pauses_under_load(echo: Machine) -> None:
     assert rounds > PAUSES // 2
     assert "passed" in said or "successful run completed" in said
     assert "steps back: 0" in clock.wait(timeout_s=60)
-    times = echo.run("grep '^cpu[0-9]' /proc/stat | awk '{print $2}'").split()
-    assert len(times) == VCPUS
-    assert min(int(ticks) for ticks in times) > 50, "a processor had nothing of the load"
+    shares = [after - earlier for after, earlier in zip(user_ticks(echo), before, strict=True)]
+    assert len(shares) == VCPUS
+    # However slow the emulator is: none stood by while the others worked.
+    fair = sum(shares) / VCPUS
+    assert min(shares) > fair / 20, f"a processor had nothing of the load: {shares}"
     assert not echo.run("dmesg | grep -iE 'lockup|stall|bug:|hung' || true")
 
 

@@ -33,7 +33,7 @@ from kata_hybrid.runtimes.base import (
 from kata_hybrid.runtimes.oci.spec import Spec
 from kata_hybrid.runtimes.virt.sandbox import VirtSandbox
 from kata_hybrid.testing.fake_agent import FakeAgent
-from kata_hybrid.testing.fake_guest import FakeGuest, FakeStreams, prepare_nothing
+from kata_hybrid.testing.fake_guest import FakeGuest, FakeHooks, FakeStreams, prepare_nothing
 from kata_hybrid.types import ContainerId, ExecId, JsonObject, SandboxId, Stdio, TaskStatus
 
 CONTAINERS = (ContainerId("sandbox"), ContainerId("second"))
@@ -92,6 +92,7 @@ class World:
             streams=FakeStreams(),
             store=SandboxStore(folder, sandbox_id=SandboxId("sandbox"), namespace="test"),
             events=self.log,
+            hooks=FakeHooks(),
             preparer=prepare_nothing,
         )
 

@@ -11,11 +11,11 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 from urllib.parse import unquote, urlsplit
 
 from kata_hybrid.errors import InvalidArgumentError, NotFoundError
-from kata_hybrid.types import Stdio
+from kata_hybrid.types import ContainerId, Stdio
 
 _FILE_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
@@ -145,3 +145,13 @@ def _check_scheme(uri: str) -> None:
     if scheme not in {"", "fifo"}:
         message = f"stdio {uri!r}: scheme {scheme!r} is not known; fifo, file and binary are"
         raise InvalidArgumentError(message)
+
+
+class StreamOpening(Protocol):
+    """Opens the host side of a process's streams (``agent/logger.py``)."""
+
+    async def open(self, stdio: Stdio, *, container_id: ContainerId) -> HostStreams:
+        """Open what ``stdio`` names."""
+
+    async def close(self) -> None:
+        """Release what outlives a process. Idempotent."""

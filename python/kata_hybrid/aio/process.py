@@ -17,13 +17,14 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from kata_hybrid.types import ProcessIdentity
 
 _LOG = logging.getLogger(__name__)
+Around = Callable[[], contextlib.AbstractContextManager[None]]
 _DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
@@ -77,7 +78,12 @@ class ProcessReaper:
         """Handle SIGCHLD on the running loop, which must belong to the main thread."""
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[int, tuple[subprocess.Popen[bytes] | None, asyncio.Future[int]]] = {}
+        self._around: Around = contextlib.nullcontext
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
+
+    def spawn_within(self, around: Around) -> None:
+        """Start every child from now on in a context: what it inherits is what holds there."""
+        self._around = around
 
     async def spawn(
         self,
@@ -110,16 +116,17 @@ class ProcessReaper:
         if dies_with_parent:
             words = [*_DIE_WITH_PARENT, *words]
         # Returns once the child has exec'ed: microseconds to a few milliseconds.
-        child = subprocess.Popen(  # noqa: ASYNC220 - see above; callers give fixed programs
-            words,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            pass_fds=pass_fds,
-            cwd=cwd,
-            env=env,
-            start_new_session=True,
-        )
+        with self._around():
+            child = subprocess.Popen(  # noqa: ASYNC220 - see above; callers give fixed programs
+                words,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                pass_fds=pass_fds,
+                cwd=cwd,
+                env=env,
+                start_new_session=True,
+            )
         return self._adopt(name or Path(program).name, child.pid, popen=child)
 
     async def spawn_mapped(
@@ -129,10 +136,12 @@ class ProcessReaper:
         name: str,
         env: Mapping[str, str],
         fds: Mapping[int, int],
+        program: str = "",
     ) -> Process:
         """Start a program whose descriptors are exactly ``fds`` (theirs: ours) and /dev/null.
 
         It is left to end by itself when this process dies. The caller keeps its descriptors.
+        ``program`` is its path, if that is not the first of ``argv``.
 
         Raises:
             OSError: it could not be started.
@@ -151,15 +160,16 @@ class ProcessReaper:
                 for number in _inheritable_descriptors()
                 if number > 2 and number not in fds  # noqa: PLR2004 - past standard error
             ]
-            pid = os.posix_spawn(  # noqa: ASYNC221 - as in spawn
-                argv[0],
-                list(argv),
-                dict(env),
-                file_actions=actions,
-                setsid=True,
-                # What this process ignores is no business of the program's.
-                setsigdef=(signal.SIGPIPE, signal.SIGHUP),
-            )
+            with self._around():
+                pid = os.posix_spawn(  # noqa: ASYNC221 - as in spawn
+                    program or argv[0],
+                    list(argv),
+                    dict(env),
+                    file_actions=actions,
+                    setsid=True,
+                    # What this process ignores is no business of the program's.
+                    setsigdef=(signal.SIGPIPE, signal.SIGHUP),
+                )
         return self._adopt(name, pid, popen=None)
 
     def _adopt(self, name: str, pid: int, *, popen: subprocess.Popen[bytes] | None) -> Process:

@@ -50,6 +50,20 @@ def enter(fd: int) -> None:
         raise OSError(error, posix.strerror(error))
 
 
+def enter_new() -> None:
+    """Move the calling thread into a network namespace that is made for it.
+
+    Raises:
+        OSError: this is not allowed.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNET) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, posix.strerror(error))
+
+
 def identity(fd: int) -> str:
     """Return what tells a namespace from a later one at the same path."""
     status = posix.fstat(fd)

@@ -6,6 +6,7 @@ from kata_hybrid.agent.logger import StreamOpener
 from kata_hybrid.aio.process import ProcessReaper
 from kata_hybrid.persist.store import SandboxStore
 from kata_hybrid.runtimes.base import EventSink, Runtime
+from kata_hybrid.runtimes.oci.hooks import HookRunner
 from kata_hybrid.runtimes.virt.factory import VirtGuestFactory
 from kata_hybrid.runtimes.virt.sandbox import VirtSandbox
 from kata_hybrid.types import SandboxId
@@ -36,4 +37,5 @@ def build_runtime(
         streams=StreamOpener(reaper, namespace=namespace),
         store=SandboxStore(run_dir, sandbox_id=sandbox_id, namespace=namespace),
         events=sink,
+        hooks=HookRunner(reaper),
     )

@@ -8,6 +8,7 @@ from kata_hybrid.agent.streams import HostStreams
 from kata_hybrid.resource.share_fs.base import SharedFolder
 from kata_hybrid.resource.volume.bind import BindVolumes
 from kata_hybrid.runtimes.base import CreateRequest
+from kata_hybrid.runtimes.oci.hooks import Hooks
 from kata_hybrid.runtimes.oci.spec import Spec
 from kata_hybrid.runtimes.virt.container import Container
 from kata_hybrid.runtimes.virt.guest import Guest, Record
@@ -18,6 +19,7 @@ from kata_hybrid.types import (
     GuestDetails,
     GuestDisk,
     GuestStorage,
+    JsonObject,
     SandboxId,
     Stdio,
 )
@@ -91,6 +93,34 @@ class FakeRootfs:
 
     def release(self) -> None:
         """Nothing is held."""
+
+
+class FakeHooks:
+    """Runs no hooks, and remembers which it was to run, and with what state."""
+
+    def __init__(self) -> None:
+        """Nothing was asked for yet."""
+        self.failure: Exception | None = None
+        """What the creation's end with."""
+        self.ran: list[tuple[str, JsonObject]] = []
+
+    async def create(self, hooks: Hooks, state: JsonObject) -> None:
+        """Remember."""
+        self._remember("create", hooks, state)
+        if self.failure is not None:
+            raise self.failure
+
+    async def started(self, hooks: Hooks, state: JsonObject) -> None:
+        """Remember."""
+        self._remember("start", hooks, state)
+
+    async def deleted(self, hooks: Hooks, state: JsonObject) -> None:
+        """Remember."""
+        self._remember("delete", hooks, state)
+
+    def _remember(self, point: str, hooks: Hooks, state: JsonObject) -> None:
+        if hooks:
+            self.ran.append((point, state))
 
 
 class FakeStreams:

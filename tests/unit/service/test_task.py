@@ -36,7 +36,7 @@ from kata_hybrid.service.convert import OCI_PROCESS_URL, OCI_RESOURCES_URL
 from kata_hybrid.service.metrics import is_cgroup_v2_host
 from kata_hybrid.service.task import SERVICE_NAMES, PublishingSink, TaskService
 from kata_hybrid.testing.fake_agent import FakeAgent
-from kata_hybrid.testing.fake_guest import FakeGuest, FakeStreams, prepare_nothing
+from kata_hybrid.testing.fake_guest import FakeGuest, FakeHooks, FakeStreams, prepare_nothing
 from kata_hybrid.ttrpc.client import Client
 from kata_hybrid.ttrpc.server import Server
 from kata_hybrid.types import ContainerId, ExecId, SandboxId, Stdio
@@ -110,6 +110,7 @@ class World:
             streams=self.streams,
             store=SandboxStore(folder, sandbox_id=SandboxId("sandbox"), namespace="test"),
             events=PublishingSink(self.log),
+            hooks=FakeHooks(),
             preparer=prepare_nothing,
         )
         self.shutdowns = 0

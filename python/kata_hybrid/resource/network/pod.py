@@ -66,9 +66,15 @@ class PodNetwork:
     """What a guest has of its pod's network."""
 
     def __init__(
-        self, namespace: Path | None, *, model: NetworkModel, reaper: ProcessReaper
+        self,
+        namespace: Path | None,
+        *,
+        model: NetworkModel,
+        reaper: ProcessReaper,
+        is_own: bool = False,
     ) -> None:
-        """Describe it; nothing is opened."""
+        """Describe it; nothing is opened. ``is_own``: it was made for this sandbox."""
+        self._is_own = is_own
         self._namespace = namespace
         self._model = model
         self._reaper = reaper
@@ -102,7 +108,8 @@ class PodNetwork:
             raise InvalidStateError(subject, state="open or stopped", request="open")
         try:
             self._fd = os.open(self._namespace, os.O_RDONLY | os.O_CLOEXEC)
-            self._refuse_the_hosts(self._fd)
+            if not self._is_own:
+                self._refuse_the_hosts(self._fd)
             self._endpoints = await _open_inside(self._fd)
         except TimeoutError as exc:
             message = f"its links could not be read in {_SCAN_TIMEOUT_S:g} s"

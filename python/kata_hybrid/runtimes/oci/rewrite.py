@@ -7,7 +7,8 @@ pinning, host hooks) is left out. Follows what Kata's runtimes send, so either a
 from typing import Final
 
 from kata_hybrid.runtimes.oci.kind import container_kind
-from kata_hybrid.runtimes.oci.spec import Spec, SpecMount, as_list, as_object
+from kata_hybrid.runtimes.oci.spec import Spec, SpecMount
+from kata_hybrid.runtimes.oci.values import as_list, as_object
 from kata_hybrid.types import JsonObject
 
 # The agent shares the pod's network by giving it none of its own, makes the pid namespace itself,

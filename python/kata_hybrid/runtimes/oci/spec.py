@@ -5,12 +5,15 @@ parts this project reads; ``agent/convert.py`` checks every other field against 
 becomes, so a wrong type anywhere is named by its path before a machine is started.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from kata_hybrid.errors import InvalidSpecError
+from kata_hybrid.runtimes.oci.hooks import Hooks, parse_hooks
+from kata_hybrid.runtimes.oci.values import as_flag, as_list, as_object, as_text
 from kata_hybrid.types import JsonObject
 
 MAX_SPEC_BYTES: Final = 3 << 20
@@ -60,6 +63,28 @@ class Spec:
     """Namespace type (``pid``, ``network``, …) to its path, empty for a new one."""
     cgroups_path: str
     """``linux.cgroupsPath``; empty for none."""
+    hooks: Hooks
+    """Those that run on the host."""
+
+    def state(self, *, container_id: str, bundle: Path, status: str, pid: int) -> JsonObject:
+        """Describe its container as hooks are told (runtime-spec, runtime.md "State")."""
+        return {
+            "ociVersion": self.raw["ociVersion"],
+            "id": container_id,
+            "status": status,
+            "pid": pid,
+            "bundle": str(bundle),
+            "annotations": self.annotations,
+        }
+
+    def name_servers(self) -> tuple[str, ...]:
+        """Read the lines of the host file that is mounted on the container's resolv.conf."""
+        for mount in self.mounts:
+            if mount.destination == "/etc/resolv.conf" and mount.is_bind:
+                with contextlib.suppress(OSError, UnicodeDecodeError):
+                    text = Path(mount.source).read_text(encoding="utf-8")
+                    return tuple(line for line in text.splitlines() if line.strip())
+        return ()
 
 
 def load(bundle: Path) -> Spec:
@@ -113,6 +138,7 @@ def parse(data: bytes) -> Spec:
         annotations=_text_map(document.get("annotations") or {}, "annotations"),
         namespaces=_namespaces(linux.get("namespaces") or []),
         cgroups_path=as_text(linux.get("cgroupsPath") or "", "linux.cgroupsPath"),
+        hooks=parse_hooks(document.get("hooks")),
     )
 
 
@@ -134,57 +160,6 @@ def check_process(value: object, field: str) -> JsonObject:
         message = f"{field}.cwd must be an absolute path, is {cwd!r}"
         raise InvalidSpecError(message)
     return process
-
-
-def as_object(value: object, field: str) -> JsonObject:
-    """Return ``value`` if it is a JSON object.
-
-    Raises:
-        InvalidSpecError: it is not.
-    """
-    if isinstance(value, dict):
-        return value
-    raise _wrong_type(field, "an object", value)
-
-
-def as_list(value: object, field: str) -> list[object]:
-    """Return ``value`` if it is a JSON array.
-
-    Raises:
-        InvalidSpecError: it is not.
-    """
-    if isinstance(value, list):
-        return value
-    raise _wrong_type(field, "an array", value)
-
-
-def as_text(value: object, field: str) -> str:
-    """Return ``value`` if it is a JSON string without NUL, which no path or argument may hold.
-
-    Raises:
-        InvalidSpecError: it is not.
-    """
-    if not isinstance(value, str):
-        raise _wrong_type(field, "a string", value)
-    if "\0" in value:
-        message = f"{field} holds a NUL character"
-        raise InvalidSpecError(message)
-    return value
-
-
-def as_flag(value: object, field: str) -> bool:
-    """Return ``value`` if it is true or false.
-
-    Raises:
-        InvalidSpecError: it is not.
-    """
-    if isinstance(value, bool):
-        return value
-    raise _wrong_type(field, "true or false", value)
-
-
-def _wrong_type(field: str, expected: str, value: object) -> InvalidSpecError:
-    return InvalidSpecError(f"{field} must be {expected}, is {type(value).__name__}")
 
 
 def _text_map(value: object, field: str) -> dict[str, str]:

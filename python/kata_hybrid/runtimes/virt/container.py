@@ -40,7 +40,7 @@ class Container:
         )
         self.execs: dict[ExecId, Process] = {}
         self.exec_specs: dict[ExecId, JsonObject] = {}
-        self._spec = spec
+        self.spec = spec
         self._rootfs = rootfs
         self._volumes = volumes
         self._storages: list[GuestStorage] = []
@@ -66,9 +66,9 @@ class Container:
         Raises:
             KataError: whatever the agent answered.
         """
-        mounts = tuple(self._guest_mount(mount) for mount in self._spec.mounts)
+        mounts = tuple(self._guest_mount(mount) for mount in self.spec.mounts)
         spec = guest_spec(
-            self._spec,
+            self.spec,
             root_path=self._rootfs.guest_path,
             mounts=mounts,
             bundle=str(self.request.bundle),
@@ -79,7 +79,7 @@ class Container:
             self.id,
             spec=spec,
             storages=(*self._rootfs.storages, *self._storages),
-            has_sandbox_pidns=bool(self._spec.namespaces.get("pid")),
+            has_sandbox_pidns=bool(self.spec.namespaces.get("pid")),
         )
 
     def _guest_mount(self, mount: SpecMount) -> SpecMount:
@@ -97,6 +97,12 @@ class Container:
             )
         return SpecMount(
             destination=mount.destination, type="bind", source=source, options=mount.options
+        )
+
+    def state(self, status: str, *, pid: int) -> JsonObject:
+        """Describe it as hooks are told."""
+        return self.spec.state(
+            container_id=self.id, bundle=self.request.bundle, status=status, pid=pid
         )
 
     async def remove(self, agent: Agent) -> None:

@@ -30,6 +30,7 @@ from kata_hybrid.hypervisor.selection import (
 )
 from kata_hybrid.hypervisor.vsock_backend import NativeVsockBackendFactory
 from kata_hybrid.resource.cgroup import SandboxCgroup, sandbox_path
+from kata_hybrid.resource.network.own import OwnNamespace
 from kata_hybrid.resource.network.pod import PodNetwork
 from kata_hybrid.resource.share_fs.base import SharedFolder, ShareFs
 from kata_hybrid.resource.share_fs.inprocess import InProcessShare
@@ -44,6 +45,8 @@ _log = logging.getLogger(__name__)
 
 RUNTIME_NAME: Final = "virt_container"
 SHARED_FOLDER: Final = "shared"
+_NEW: Final = Path()
+"""Stands for a network namespace that is still to be made."""
 
 
 class VirtGuestFactory:
@@ -102,6 +105,11 @@ class VirtGuestFactory:
             else ""
         )
         namespace = _network_namespace(spec)
+        is_own = namespace == _NEW
+        if is_own:
+            own = OwnNamespace()
+            self._reaper.spawn_within(own.outside)
+            namespace = own.path
         _log.info("hypervisor", extra={"hypervisor": selection.name, "reason": selection.reason})
         shared = self._run_dir / SHARED_FOLDER
         shared.mkdir(mode=0o700, exist_ok=True)
@@ -123,7 +131,13 @@ class VirtGuestFactory:
             ),
             cgroup=cgroup,
             share_fs=self._share(config, selection, SharedFolder(host_path=shared)),
-            network=PodNetwork(namespace, model=config.runtime.network_model, reaper=self._reaper),
+            network=PodNetwork(
+                namespace,
+                model=config.runtime.network_model,
+                reaper=self._reaper,
+                is_own=is_own,
+            ),
+            task_pid=os.getpid() if is_own else None,
             agent=AgentClient(io, events, timeout_s=config.agent.request_timeout_s),
             config=config.agent,
             is_seccomp_disabled=config.runtime.disable_guest_seccomp,
@@ -144,9 +158,10 @@ class VirtGuestFactory:
 
 
 def _network_namespace(spec: Spec) -> Path | None:
-    """Return the pod's namespace; nothing for one that the container would have had made."""
+    """Return the pod's namespace, or that a new one is asked for; nothing for the host's own."""
     path = spec.namespaces.get("network")
     if path is None:
         # It asks for the host's network, which a machine cannot have.
         _log.warning("no network namespace: the guest has its loopback only")
-    return Path(path) if path else None
+        return None
+    return Path(path) if path else _NEW

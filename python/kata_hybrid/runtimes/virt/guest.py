@@ -127,15 +127,17 @@ class VirtGuest:
         config: AgentConfig,
         is_seccomp_disabled: bool,
         resources: contextlib.ExitStack,
+        task_pid: int | None = None,
     ) -> None:
         """Compose the parts; nothing is started.
 
-        ``resources`` is what the parts stand on, closed after they are stopped.
+        ``resources`` is what the parts stand on, closed after they are stopped. ``task_pid``
+        stands for the guest's processes in the machine's stead.
         """
         self.agent = agent
         self.is_seccomp_disabled = is_seccomp_disabled
         self.can_add_disk = True
-        self.task_pid = 0
+        self.task_pid = task_pid or 0
         self._sandbox_id = sandbox_id
         self._hypervisor = hypervisor
         self._cgroup = cgroup
@@ -184,7 +186,7 @@ class VirtGuest:
             self._hypervisor.add_shared_folder(self._share_fs.device)
             self._watch(self._share_gone, name="shared folder")
             await self._start_machine()
-            self.task_pid = self._hypervisor.task_pid
+            self.task_pid = self.task_pid or self._hypervisor.task_pid
             self._watch(self._machine_gone, name="machine")
             record(processes=(*self._hypervisor.processes, *self._share_fs.processes))
             _log.info(

@@ -12,13 +12,13 @@ they answer while the guest hangs. Exits are watched and reported by ``exits.py`
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from kata_hybrid.agent import convert
-from kata_hybrid.agent.streams import HostStreams
+from kata_hybrid.agent.streams import StreamOpening
 from kata_hybrid.aio.ending import Ending
 from kata_hybrid.aio.supervisor import Supervisor
 from kata_hybrid.errors import (
@@ -46,6 +46,7 @@ from kata_hybrid.runtimes.base import (
     TaskStarted,
 )
 from kata_hybrid.runtimes.oci import spec as oci_spec
+from kata_hybrid.runtimes.oci.hooks import HostHooks
 from kata_hybrid.runtimes.oci.rewrite import guest_resources
 from kata_hybrid.runtimes.virt.container import Container, Preparer, prepare
 from kata_hybrid.runtimes.virt.exits import KILLED_STATUS, LOST_STATUS, Exits
@@ -82,16 +83,6 @@ class SandboxState(Enum):
 GuestFactory = Callable[[CreateRequest, oci_spec.Spec], Awaitable[Guest]]
 
 
-class StreamOpening(Protocol):
-    """Opens the host side of a process's streams (``agent/logger.py``)."""
-
-    async def open(self, stdio: Stdio, *, container_id: ContainerId) -> HostStreams:
-        """Open what ``stdio`` names."""
-
-    async def close(self) -> None:
-        """Release what outlives a process. Idempotent."""
-
-
 class VirtSandbox:
     """Containers in a virtual machine."""
 
@@ -102,6 +93,7 @@ class VirtSandbox:
         streams: StreamOpening,
         store: SandboxStore,
         events: EventSink,
+        hooks: HostHooks,
         preparer: Preparer = prepare,
     ) -> None:
         """Begin EMPTY: the first create makes the guest from ``guest_factory``.
@@ -113,6 +105,7 @@ class VirtSandbox:
         self._prepare = preparer
         self._store = store
         self._events = events
+        self._hooks = hooks
         self._supervisor = Supervisor("sandbox")
         self._ending = Ending(self._close, name="sandbox end")
         self._exits = Exits(events, pid=self._task_pid)
@@ -152,6 +145,13 @@ class VirtSandbox:
                 raise FailedPreconditionError(message)
             container = self._prepare(request, spec, guest=guest)
             undo.callback(container.release)
+            if spec.hooks:
+                undo.push_async_callback(
+                    self._hooks.deleted, spec.hooks, container.state("stopped", pid=0)
+                )
+                # Before the machine: the first container's make the links that it is to have.
+                creating = container.state("creating", pid=self._task_pid() or os.getpid())
+                await self._hooks.create(spec.hooks, creating)
             container.process.streams = await self._streams.open(
                 request.stdio, container_id=container.id
             )
@@ -179,7 +179,7 @@ class VirtSandbox:
         self._store.update()
         await guest.start(
             hostname=spec.hostname,
-            dns=_dns(spec),
+            dns=spec.name_servers(),
             record=self._store.update,
         )
         self._state = SandboxState.READY
@@ -216,6 +216,8 @@ class VirtSandbox:
         await guest.agent.start_container(container.id)
         await self._run(guest, process)
         self._events.emit(TaskStarted(container_id=container.id, pid=self._task_pid()))
+        running = container.state("running", pid=self._task_pid())
+        await self._hooks.started(container.spec.hooks, running)
 
     async def _start_exec(
         self, guest: Guest, container: Container, process: Process, exec_id: ExecId
@@ -421,6 +423,7 @@ class VirtSandbox:
             # Registered and never started: wake who waits for it.
             process.end(KILLED_STATUS)
         container.release()
+        await self._hooks.deleted(container.spec.hooks, container.state("stopped", pid=0))
         self._containers.pop(container.id, None)
         with contextlib.suppress(KataError):
             # A full disk must not keep a container from being deleted; the old record errs on
@@ -488,13 +491,3 @@ class VirtSandbox:
             message = f"sandbox is {self._state.value}"
             raise UnavailableError(message)
         return self._guest
-
-
-def _dns(spec: oci_spec.Spec) -> tuple[str, ...]:
-    """Read the lines of the host file that is mounted on the container's resolv.conf."""
-    for mount in spec.mounts:
-        if mount.destination == "/etc/resolv.conf" and mount.is_bind:
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                text = Path(mount.source).read_text(encoding="utf-8")
-                return tuple(line for line in text.splitlines() if line.strip())
-    return ()

@@ -15,7 +15,8 @@ from typing import Final, TypeVar
 from kata_hybrid.config.model import MIN_MEMORY_MIB, Config, HypervisorConfig
 from kata_hybrid.errors import InvalidSpecError
 from kata_hybrid.runtimes.oci.kind import SANDBOX, container_kind
-from kata_hybrid.runtimes.oci.spec import Spec, as_object
+from kata_hybrid.runtimes.oci.spec import Spec
+from kata_hybrid.runtimes.oci.values import as_object
 from kata_hybrid.types import JsonObject
 
 _log = logging.getLogger(__name__)

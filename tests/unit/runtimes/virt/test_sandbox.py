@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from kata_hybrid.runtimes.oci.spec import Spec
 from kata_hybrid.runtimes.virt.guest import Record
 from kata_hybrid.runtimes.virt.sandbox import VirtSandbox
 from kata_hybrid.testing.fake_agent import FakeAgent, FakeCopies
-from kata_hybrid.testing.fake_guest import FakeGuest, FakeStreams, prepare_nothing
+from kata_hybrid.testing.fake_guest import FakeGuest, FakeHooks, FakeStreams, prepare_nothing
 from kata_hybrid.types import (
     ContainerId,
     ExecId,
@@ -131,6 +132,7 @@ class World:
         self.guest = AskedGuest(self.agent, folder=folder)
         self.streams = FailingStreams()
         self.log = Log()
+        self.hooks = FakeHooks()
         self.bundle = folder / "bundle"
         self.bundle.mkdir()
         self.write_spec(SPEC)
@@ -139,6 +141,7 @@ class World:
             streams=self.streams,
             store=SandboxStore(folder, sandbox_id=SandboxId("s"), namespace="test"),
             events=self.log,
+            hooks=self.hooks,
             preparer=prepare_nothing,
         )
 
@@ -177,6 +180,50 @@ class World:
 
     def record(self) -> Any:
         return json.loads((self.folder / FILE_NAME).read_bytes())
+
+
+# --- hooks ---------------------------------------------------------------------------------------
+
+HOOKED = {
+    **SPEC,
+    "annotations": {"a": "b"},
+    "hooks": {"createRuntime": [{"path": "/bin/a"}], "poststop": [{"path": "/bin/b"}]},
+}
+
+
+@on_loop
+async def test_hooks_are_run_with_the_containers_state(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.write_spec(HOOKED)
+    await world.run()
+    pid = world.guest.task_pid
+    await world.sandbox.kill(C1, None, signal=9, is_all=False)
+    await world.ended()
+    await world.sandbox.delete(C1, None)
+    basics = {
+        "ociVersion": SPEC["ociVersion"],
+        "id": "c1",
+        "bundle": str(world.bundle),
+        "annotations": {"a": "b"},
+    }
+    assert world.hooks.ran == [
+        # Of the machine there is nothing yet.
+        ("create", {**basics, "status": "creating", "pid": os.getpid()}),
+        ("start", {**basics, "status": "running", "pid": pid}),
+        ("delete", {**basics, "status": "stopped", "pid": 0}),
+    ]
+
+
+@on_loop
+async def test_a_hook_that_fails_undoes_the_creation(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.write_spec(HOOKED)
+    world.hooks.failure = FailedPreconditionError("hook failed")
+    with pytest.raises(FailedPreconditionError, match="hook failed"):
+        await world.create()
+    assert [point for point, _ in world.hooks.ran] == ["create", "delete"]
+    assert world.guest.stops > 0
+    assert world.sandbox.is_over
 
 
 # --- create -------------------------------------------------------------------------------------
