@@ -7,7 +7,9 @@ import secrets
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from harness.pods import Namespace
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
 _FOREVER = ("sleep", "100000")
+_PODS_TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +199,32 @@ def test_a_pod_goes_with_its_containers_running(cri: Cri) -> None:
         cri.run("rmp", pod.id)
     assert cri.run("pods", "--quiet").text == ""
     assert cri.run("ps", "--all", "--quiet").text == ""
+
+
+def test_a_container_that_takes_too_much_memory_is_told_to_be_killed_for_it(cri: Cri) -> None:
+    limit = {"resources": {"memory_limit_in_bytes": 32 << 20}}
+    with cri.pod() as pod:
+        steady = pod.start(*_FOREVER)
+        greedy = pod.start("dd", "if=/dev/zero", "of=/dev/null", "bs=256M", linux=limit)
+        wait_until(lambda: cri.state(greedy) == "CONTAINER_EXITED", what="its end", timeout_s=60)
+        assert cri.exit_status(greedy) == (137, "OOMKilled")
+        assert cri.exec(steady, "echo", "still here") == "still here"
+
+
+@pytest.mark.timeout(600)
+def test_ten_pods_come_and_go_at_once(cri: Cri) -> None:
+    def use(number: int) -> str:
+        with cri.pod() as pod:
+            container = pod.start(*_FOREVER)
+            all_run.wait(_PODS_TIMEOUT_S)
+            assert len(pod.addresses) == 2
+            return cri.exec(container, "echo", str(number))
+
+    count = 10
+    all_run = threading.Barrier(count)
+    with ThreadPoolExecutor(count) as threads:
+        assert [*threads.map(use, range(count))] == [str(number) for number in range(count)]
+    assert cri.run("pods", "--quiet").text == ""
 
 
 def test_processes_are_the_containers_own_or_the_pods(cri: Cri) -> None:
