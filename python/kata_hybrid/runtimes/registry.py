@@ -32,7 +32,7 @@ def build_runtime(
     reaper = ProcessReaper()
     return VirtSandbox(
         guest_factory=VirtGuestFactory(
-            sandbox_id, run_dir=run_dir, config_path=config_path, reaper=reaper
+            sandbox_id, namespace=namespace, run_dir=run_dir, config_path=config_path, reaper=reaper
         ),
         streams=StreamOpener(reaper, namespace=namespace),
         store=SandboxStore(run_dir, sandbox_id=sandbox_id, namespace=namespace),

@@ -33,6 +33,7 @@ class FakeGuest:
         self.agent = agent
         self.folder = SharedFolder(host_path=folder)
         self.task_pid = 0
+        self.awaits_links = False
         self.can_add_disk = True
         self.is_seccomp_disabled = False
         self.details = GuestDetails(

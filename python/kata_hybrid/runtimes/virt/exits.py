@@ -10,14 +10,16 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Container as Collection
 from typing import Final
 
 from kata_hybrid.aio.supervisor import Supervisor
 from kata_hybrid.errors import KataError
-from kata_hybrid.runtimes.base import EventSink, TaskExited
+from kata_hybrid.runtimes.base import EventSink, TaskExited, TaskOom
 from kata_hybrid.runtimes.virt.container import Container
 from kata_hybrid.runtimes.virt.guest import WAIT_KEEPS_OUTPUT, Guest
 from kata_hybrid.runtimes.virt.process import Process
+from kata_hybrid.types import ContainerId
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +49,20 @@ class Exits:
             process.watcher = self._supervisor.start(
                 self._watch(guest, container, process), name=f"watcher of {process}"
             )
+
+    def watch_oom(self, guest: Guest, containers: Collection[ContainerId]) -> None:
+        """Report memory kills in those of ``containers`` for as long as the guest answers."""
+        self._supervisor.start(self._report_oom(guest, containers), name="oom watcher")
+
+    async def _report_oom(self, guest: Guest, containers: Collection[ContainerId]) -> None:
+        while True:
+            try:
+                container_id = await guest.agent.oom_event()
+            except KataError as exc:
+                _log.debug("no more oom events", extra={"error": str(exc)})
+                return
+            if container_id in containers:
+                self._events.emit(TaskOom(container_id=container_id))
 
     async def _watch(self, guest: Guest, container: Container, process: Process) -> None:
         keeps_output = WAIT_KEEPS_OUTPUT in guest.details.extra_features
@@ -101,16 +117,16 @@ class Exits:
             if process.watcher is not None and not process.is_stopped:
                 await self._ended(container, process, KILLED_STATUS)
 
-    async def end_all(self, containers: Iterable[Container]) -> None:
-        """End everything: the guest is gone."""
+    async def end_all(self, containers: Iterable[Container], status: int = LOST_STATUS) -> None:
+        """End everything: the guest is gone, or never came."""
         for container in containers:
             for process in (*container.execs.values(), container.process):
                 if process.copies is not None:
                     process.copies.stop()
                 if process.watcher is not None or process.exec_id is None:
-                    await self._ended(container, process, LOST_STATUS)
+                    await self._ended(container, process, status)
                 else:
-                    process.end(LOST_STATUS)
+                    process.end(status)
 
     def bound_drain(self, process: Process) -> None:
         """After a kill, give readers a while; then the exit must not wait for them."""

@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 
 RUNTIME_NAME: Final = "virt_container"
 SHARED_FOLDER: Final = "shared"
+_DOCKER: Final = "moby"
+"""The namespace of containerd's that dockerd uses: it moves links in between create and start."""
 _NEW: Final = Path()
 """Stands for a network namespace that is still to be made."""
 
@@ -56,12 +58,17 @@ class VirtGuestFactory:
         self,
         sandbox_id: SandboxId,
         *,
+        namespace: str,
         run_dir: Path,
         config_path: Path | None,
         reaper: ProcessReaper,
     ) -> None:
-        """Remember what the shim was started with; ``config_path`` may be given by Create too."""
+        """Remember what the shim was started with; ``config_path`` may be given by Create too.
+
+        ``namespace`` is containerd's.
+        """
         self._sandbox_id = sandbox_id
+        self._is_dockers = namespace == _DOCKER
         self._run_dir = run_dir
         self._config_path = config_path
         self._reaper = reaper
@@ -138,6 +145,8 @@ class VirtGuestFactory:
                 is_own=is_own,
             ),
             task_pid=os.getpid() if is_own else None,
+            # Older ones make the links by a hook.
+            awaits_links=is_own and self._is_dockers and not spec.hooks,
             agent=AgentClient(io, events, timeout_s=config.agent.request_timeout_s),
             config=config.agent,
             is_seccomp_disabled=config.runtime.disable_guest_seccomp,

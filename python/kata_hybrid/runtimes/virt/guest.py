@@ -83,6 +83,10 @@ class Guest(Protocol):
         """Disks can be added: not started yet."""
 
     @property
+    def awaits_links(self) -> bool:
+        """Links of its network come between create and start: it is not to boot before."""
+
+    @property
     def is_seccomp_disabled(self) -> bool:
         """Containers run without their seccomp profile."""
 
@@ -128,6 +132,7 @@ class VirtGuest:
         is_seccomp_disabled: bool,
         resources: contextlib.ExitStack,
         task_pid: int | None = None,
+        awaits_links: bool = False,
     ) -> None:
         """Compose the parts; nothing is started.
 
@@ -136,6 +141,7 @@ class VirtGuest:
         """
         self.agent = agent
         self.is_seccomp_disabled = is_seccomp_disabled
+        self.awaits_links = awaits_links
         self.can_add_disk = True
         self.task_pid = task_pid or 0
         self._sandbox_id = sandbox_id

@@ -1,8 +1,9 @@
 """The sandbox: one guest and its containers. Implements :class:`kata_hybrid.runtimes.base.Runtime`.
 
-    EMPTY ── first create ──▶ BOOTING ──▶ READY ──┬─ guest lost ──▶ LOST ──┐
-                                 │                └─ last delete ──────────┼──▶ CLOSED
-                                 └── boot failed ──────────────────────────┘
+    EMPTY ── first create ──┬───────────▶ BOOTING ──▶ READY ──┬─ guest lost ──▶ LOST ──┐
+      links are still to come                ▲  │             └─ last delete ──────────┼──▶ CLOSED
+                            └──▶ WAITING ────┘  └── boot failed ───────────────────────┘
+                                         start
 
 This class alone changes the state of containers and processes, on the loop thread. A request that
 changes a process holds that process's lock; State, Pids and Connect read memory and take none, so
@@ -40,7 +41,6 @@ from kata_hybrid.runtimes.base import (
     ExecStarted,
     TaskCreated,
     TaskDeleted,
-    TaskOom,
     TaskPaused,
     TaskResumed,
     TaskStarted,
@@ -74,6 +74,7 @@ class SandboxState(Enum):
     """Where the sandbox is in the drawing."""
 
     EMPTY = "empty"
+    WAITING = "waiting for its start"
     BOOTING = "booting"
     READY = "ready"
     LOST = "lost"
@@ -155,11 +156,11 @@ class VirtSandbox:
             container.process.streams = await self._streams.open(
                 request.stdio, container_id=container.id
             )
-            if self._state is SandboxState.EMPTY:
-                await self._boot(guest, spec)
             undo.push_async_callback(container.remove, guest.agent)
-            await container.create(guest.agent, is_seccomp_disabled=guest.is_seccomp_disabled)
-            self._check_ready()
+            if self._state is SandboxState.EMPTY and guest.awaits_links:
+                self._state, self._guest = SandboxState.WAITING, guest
+            else:
+                await self._bring_in(guest, container)
             self._store.update(containers=(*self._containers, container.id))
             undo.pop_all()
         self._containers[container.id] = container
@@ -184,9 +185,13 @@ class VirtSandbox:
         )
         self._state = SandboxState.READY
         self._supervisor.start(self._watch_guest(guest), name="guest watcher")
-        self._supervisor.start(self._watch_oom(guest), name="oom watcher")
+        self._exits.watch_oom(guest, self._containers)
 
-    def _check_ready(self) -> None:
+    async def _bring_in(self, guest: Guest, container: Container) -> None:
+        """Create a container in the guest, which is booted if it has not been."""
+        if self._state is not SandboxState.READY:
+            await self._boot(guest, container.spec)
+        await container.create(guest.agent, is_seccomp_disabled=guest.is_seccomp_disabled)
         if self._state is not SandboxState.READY:
             message = "the guest was lost while the container was created"
             raise UnavailableError(message)
@@ -199,8 +204,11 @@ class VirtSandbox:
         process = container.find(exec_id)
         async with process.lock:
             process.request("start")
-            guest = self._ready_guest()
+            is_waiting = self._state is SandboxState.WAITING and exec_id is None
+            guest = self._guest if is_waiting and self._guest else self._ready_guest()
             try:
+                if is_waiting:
+                    await self._bring_in(guest, container)
                 if exec_id is None:
                     await self._start_container(guest, container, process)
                 else:
@@ -282,17 +290,6 @@ class VirtSandbox:
         with contextlib.suppress(KataError):
             self._store.update(processes=())
 
-    async def _watch_oom(self, guest: Guest) -> None:
-        """Report memory kills for as long as the guest answers."""
-        while True:
-            try:
-                container_id = await guest.agent.oom_event()
-            except KataError as exc:
-                _log.debug("no more oom events", extra={"error": str(exc)})
-                return
-            if container_id in self._containers:
-                self._events.emit(TaskOom(container_id=container_id))
-
     async def wait(self, container_id: ContainerId, exec_id: ExecId | None) -> ExitInfo:
         """Wait for a process to end."""
         return await self._container(container_id).find(exec_id).wait()
@@ -311,6 +308,9 @@ class VirtSandbox:
         if exec_id is not None and process.status is TaskStatus.CREATED:
             message = f"{process}: process not created"
             raise FailedPreconditionError(message)
+        if self._state is SandboxState.WAITING and signal in _ENDING_SIGNALS:
+            await self._exits.end_all([container], KILLED_STATUS)
+            return
         guest = self._ready_guest()
         if signal in _ENDING_SIGNALS:
             # A process created but not started has nobody else to see it end.

@@ -226,6 +226,66 @@ async def test_a_hook_that_fails_undoes_the_creation(tmp_path: Path) -> None:
     assert world.sandbox.is_over
 
 
+# --- links that come between create and start ----------------------------------------------------
+
+
+@on_loop
+async def test_a_guest_that_awaits_links_boots_at_the_start(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.guest.awaits_links = True
+    await world.create()
+    assert world.log.names == ["TaskCreated"]
+    assert not world.agent.processes
+    assert world.status() is TaskStatus.CREATED
+    with pytest.raises(UnavailableError, match="waiting for its start"):
+        await world.sandbox.stats(C1)
+    with pytest.raises(FailedPreconditionError, match="waiting for its start"):
+        await world.create(C2)
+    await world.sandbox.start(C1, None)
+    assert world.status() is TaskStatus.RUNNING
+    await world.create(C2)
+    await world.sandbox.close()
+
+
+@on_loop
+async def test_one_that_is_killed_before_its_start_never_boots(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.guest.awaits_links = True
+    await world.create()
+    with pytest.raises(UnavailableError, match="waiting for its start"):
+        await world.sandbox.kill(C1, None, signal=1, is_all=False)
+    await world.sandbox.kill(C1, None, signal=9, is_all=False)
+    assert (await world.ended()).status == 137
+    await world.sandbox.delete(C1, None)
+    assert world.log.names == ["TaskCreated", "TaskExited", "TaskDeleted"]
+    assert world.guest.stops == 1
+    assert world.sandbox.is_over
+
+
+@on_loop
+async def test_one_that_does_not_boot_fails_its_start_and_can_be_deleted(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.guest.awaits_links = True
+    await world.create()
+    world.agent.failures["create_sandbox"] = GuestBootTimeoutError("silence")
+    with pytest.raises(GuestBootTimeoutError):
+        await world.sandbox.start(C1, None)
+    assert (await world.ended()).status == 255
+    await world.sandbox.delete(C1, None)
+    assert world.guest.stops > 0
+    assert world.sandbox.is_over
+
+
+@on_loop
+async def test_one_that_is_closed_before_its_start_is_given_back(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.guest.awaits_links = True
+    await world.create()
+    await world.sandbox.close()
+    assert (await world.ended()).status == 255
+    assert world.guest.stops == 1
+
+
 # --- create -------------------------------------------------------------------------------------
 
 
