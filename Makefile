@@ -25,7 +25,7 @@ demo: setup ## Run a container in a virtual machine, with a real containerd, and
 
 .PHONY: test
 test: setup ## Run all tests: Python, Rust, integration on both containerds, some in the lab (needs root)
-	$(BIN)/python -m pytest -m 'not integration and not vm and not lab'
+	$(BIN)/python -m pytest -m 'not integration and not vm and not lab and not conformance'
 	cargo test --workspace --locked --quiet
 	cargo test --workspace --locked --quiet --bench '*'
 	KATA_HYBRID_REQUIRE=integration,vm $(BIN)/python -m pytest -m '(integration or vm) and not lab'
@@ -34,7 +34,7 @@ test: setup ## Run all tests: Python, Rust, integration on both containerds, som
 
 .PHONY: test-unit
 test-unit: setup-dev ## Run the Python tests that need nothing but Python
-	$(BIN)/python -m pytest -m 'not integration and not vm and not lab' $(ARGS)
+	$(BIN)/python -m pytest -m 'not integration and not vm and not lab and not conformance' $(ARGS)
 
 .PHONY: test-integration
 test-integration: setup ## Run the integration tests (ARGS='--containerd 2 -k exec' for some)
@@ -43,6 +43,11 @@ test-integration: setup ## Run the integration tests (ARGS='--containerd 2 -k ex
 .PHONY: test-harness
 test-harness: setup ## Run the integration tests against runc: a check of the tests themselves
 	$(BIN)/python -m pytest -m integration --runtime io.containerd.runc.v2 $(ARGS)
+
+.PHONY: conformance
+conformance: setup ## Run Kubernetes' own tests of the CRI, critest, on both containerds (needs root)
+	@$(BIN)/python scripts/go_build.py
+	KATA_HYBRID_REQUIRE=conformance $(BIN)/python -m pytest -m conformance tests/integration -s $(ARGS)
 
 .PHONY: lab
 lab: setup ## Boot the lab, a machine whose KVM runs guests, and run its tests in it (ARGS='-k boot')

@@ -1,4 +1,4 @@
-"""Writes an OCI archive of one busybox layer under two names, the same bytes every time.
+"""Writes an OCI archive of one busybox layer under several names, the same bytes every time.
 
 Run by ``scripts/setup.py``; ``ctr image import`` takes the result. No registry is asked: the
 static busybox of Debian's ``busybox-static`` is the whole root file system.
@@ -11,12 +11,28 @@ import io
 import json
 import subprocess
 import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 IMAGE_NAME = "localhost/kata-hybrid/busybox:1"
 PAUSE_NAME = "localhost/kata-hybrid/pause:1"
 """What a pod's first container is made of: it does nothing, for as long as the pod lives."""
-_COMMANDS = {IMAGE_NAME: ["/bin/sh"], PAUSE_NAME: ["/bin/sleep", "2147483647"]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """What an image says beside its layer."""
+
+    command: tuple[str, ...]
+    user: str = ""
+
+
+IMAGES: Final[Mapping[str, Image]] = {
+    IMAGE_NAME: Image(command=("/bin/sh",)),
+    PAUSE_NAME: Image(command=("/bin/sleep", "2147483647")),
+}
 _EPOCH = "1970-01-01T00:00:00Z"
 _DIRECTORIES = ("bin", "dev", "etc", "home", "proc", "root", "run", "sys", "tmp", "usr", "var")
 _FILES = {
@@ -37,8 +53,8 @@ def _entry(
     return entry
 
 
-def build_layer(busybox: Path) -> bytes:
-    """Return the root file system as an uncompressed tar."""
+def build_layer(busybox: Path, *, files: Mapping[str, str]) -> bytes:
+    """Return the root file system as an uncompressed tar; what is in ``bin/`` can be run."""
     binary = busybox.read_bytes()
     listed = subprocess.run([busybox, "--list"], check=True, capture_output=True, text=True)
     applets = sorted({line.strip() for line in listed.stdout.splitlines()} - {"busybox", ""})
@@ -51,18 +67,25 @@ def build_layer(busybox: Path) -> bytes:
         tar.addfile(entry, io.BytesIO(binary))
         for applet in applets:
             tar.addfile(_entry(f"bin/{applet}", kind=tarfile.SYMTYPE, mode=0o777, target="busybox"))
-        for name, text in _FILES.items():
+        for name, text in {**_FILES, **files}.items():
             data = text.encode()
-            entry = _entry(name, kind=tarfile.REGTYPE, mode=0o644, size=len(data))
+            mode = 0o755 if name.startswith("bin/") else 0o644
+            entry = _entry(name, kind=tarfile.REGTYPE, mode=mode, size=len(data))
             tar.addfile(entry, io.BytesIO(data))
         # A file that is there and can't be run, for the tests of that failure.
         tar.addfile(_entry("bin/not-executable", kind=tarfile.REGTYPE, mode=0o644))
     return buffer.getvalue()
 
 
-def build_archive(busybox: Path, *, architecture: str = "amd64") -> bytes:
-    """Return the OCI archive, of the same layer under both names."""
-    layer = build_layer(busybox)
+def build_archive(
+    busybox: Path,
+    *,
+    images: Mapping[str, Image] = IMAGES,
+    files: Mapping[str, str] | None = None,
+    architecture: str = "amd64",
+) -> bytes:
+    """Return the OCI archive, of the same layer under all names; ``files`` are put into it too."""
+    layer = build_layer(busybox, files=files or {})
     packed = gzip.compress(layer, mtime=0)
     blobs: dict[str, bytes] = {}
 
@@ -72,12 +95,17 @@ def build_archive(busybox: Path, *, architecture: str = "amd64") -> bytes:
         return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
 
     described = []
-    for name, command in _COMMANDS.items():
+    for name, image in images.items():
         config = {
             "architecture": architecture,
             "os": "linux",
             "created": _EPOCH,
-            "config": {"Env": ["PATH=/bin"], "Cmd": command, "WorkingDir": "/"},
+            "config": {
+                "Env": ["PATH=/bin"],
+                "Cmd": image.command,
+                "WorkingDir": "/",
+                **({"User": image.user} if image.user else {}),
+            },
             "rootfs": {
                 "type": "layers",
                 "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"],
@@ -97,7 +125,7 @@ def build_archive(busybox: Path, *, architecture: str = "amd64") -> bytes:
             "org.opencontainers.image.ref.name": name.rpartition(":")[2],
         }
         described.append(stored)
-    files = {
+    contents = {
         "oci-layout": _json({"imageLayoutVersion": "1.0.0"}),
         "index.json": _json({"schemaVersion": 2, "manifests": described}),
         **dict(sorted(blobs.items())),
@@ -106,7 +134,7 @@ def build_archive(busybox: Path, *, architecture: str = "amd64") -> bytes:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name in ("blobs", "blobs/sha256"):
             tar.addfile(_entry(name, kind=tarfile.DIRTYPE, mode=0o755))
-        for name, data in files.items():
+        for name, data in contents.items():
             entry = _entry(name, kind=tarfile.REGTYPE, mode=0o644, size=len(data))
             tar.addfile(entry, io.BytesIO(data))
     return buffer.getvalue()

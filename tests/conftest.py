@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--containerd", choices=["1", "2"], action="append", help="major version(s) to use (all)"
     )
+    group.addoption("--critest-focus", default=".", help="which of critest's (expression; all)")
 
 
 def missing_for_lab() -> str:

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     here = Path(__file__).parent
     is_virtual = "kata" in config.getoption("--runtime")
     for item in items:
-        if not item.path.is_relative_to(here):
+        if not item.path.is_relative_to(here) or item.get_closest_marker("conformance"):
             continue
         item.add_marker(pytest.mark.integration)
         if is_virtual:

@@ -1,0 +1,77 @@
+"""Kubernetes' own tests of the CRI pass, but for those that are listed here with their reasons."""
+
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from busybox_image import PAUSE_NAME, build_archive
+from go_build import CRITEST
+from harness.cri import missing_programs, write_network
+from harness.critest import FILES, IMAGES, run_critest
+from harness.daemon import Containerd, ContainerdInstall, CriSettings, private_containerd
+
+_TIMEOUT_S = 3000
+
+SKIPPED = {
+    r"Image Manager|image status|public image|PullImage|ImageFsInfo": (
+        "pulls from public registries; images are containerd's, not a shim's"
+    ),
+    r"HostPID|HostIpc is true|HostNetwork is true|ContainerPID|TargetPID": (
+        "a machine has no namespaces of the host's"
+    ),
+    r"AppArmor|SELinux": "the guest's kernel has neither",
+    r"benchmark": "measures containerd",
+}
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Path]:
+    """The network namespace that stands for the node's."""
+    if os.geteuid() != 0:
+        pytest.skip("containerd needs root")
+    if missing := missing_programs(CRITEST):
+        pytest.skip(f"no {missing}: run make conformance")
+    name = f"kh-{secrets.token_hex(3)}"
+    subprocess.run(["ip", "netns", "add", name], check=True, timeout=10)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True, timeout=10)
+        yield Path("/run/netns") / name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True, timeout=10)
+
+
+@pytest.fixture(scope="module")
+def containerd(
+    install: ContainerdInstall,
+    shim_dir: Path | None,
+    configuration: Path,
+    runtime: str,
+    node: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Containerd]:
+    """A daemon with the images of the tests."""
+    archive = tmp_path_factory.mktemp("images") / "images.tar"
+    archive.write_bytes(build_archive(Path("/bin/busybox"), images=IMAGES, files=FILES))
+    with private_containerd(
+        install,
+        namespace="k8s.io",
+        shim_dir=shim_dir,
+        archive=archive,
+        environment={"KATA_CONF_FILE": os.fspath(configuration)},
+        cri=CriSettings(runtime=runtime, pause_image=PAUSE_NAME, network=node),
+        prepare=write_network,
+    ) as daemon:
+        yield daemon
+
+
+@pytest.mark.conformance
+@pytest.mark.timeout(_TIMEOUT_S + 100)
+def test_the_tests_of_kubernetes_pass(daemon: Containerd, request: pytest.FixtureRequest) -> None:
+    focus = request.config.getoption("--critest-focus")
+    report = run_critest(CRITEST, daemon, skip="|".join(SKIPPED), focus=focus, timeout_s=_TIMEOUT_S)
+    assert report.failed == {}
+    assert report.passed
