@@ -38,8 +38,11 @@ def missing_programs(crictl: Path) -> str:
     return ", ".join(os.fspath(path) for path in programs if not os.access(path, os.X_OK))
 
 
-def write_network(home: Path) -> None:
-    """Describe the pods' network below the daemon's folder: a bridge, IPv4 and IPv6."""
+def write_network(home: Path, *, maps_ports: bool = False) -> None:
+    """Describe the pods' network below the daemon's folder: a bridge, IPv4 and IPv6.
+
+    ``maps_ports``: ports of the node may stand for a pod's.
+    """
     ipam = {
         "type": "host-local",
         "dataDir": os.fspath(home / "ipam"),
@@ -53,7 +56,9 @@ def write_network(home: Path) -> None:
         "hairpinMode": True,
         "ipam": ipam,
     }
-    network = {"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge]}
+    portmap = {"type": "portmap", "capabilities": {"portMappings": True}}
+    plugins = [bridge, portmap] if maps_ports else [bridge]
+    network = {"cniVersion": "0.4.0", "name": "pods", "plugins": plugins}
     folder = home / "cni"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "10-pods.conflist").write_text(json.dumps(network))

@@ -24,6 +24,7 @@ _SERVE = """
     echo 1 >/var/run/nginx.pid
     echo welcome >/www/index.html
     httpd -f -p 80 -h /www &
+    echo httpd
     wait
 """
 _WEB = ("/bin/sh", "-c", _SERVE, "nginx: master process")
@@ -34,9 +35,12 @@ IMAGES = {
     f"{_E2E}busybox:1.29-4": Image(command=("/bin/sh",)),
     _NGINX: Image(command=_WEB),
     f"{_E2E}httpd:2.4.39-4": Image(command=_WEB),
-    f"{_STAGING}test-image-user-uid:latest": Image(command=("/bin/sh",), user="1002"),
+    f"{_STAGING}test-image-predefined-group:latest": Image(command=("/bin/sh",), user="1000"),
 }
 FILES = {
+    "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n"
+    "default-user:x:1000:1000:default-user:/:/bin/sh\n",
+    "etc/group": "root:x:0:\nnobody:x:65534:\ngroup-defined-in-image:x:50000:default-user\n",
     # Two commands that Debian's busybox does without.
     "bin/pgrep": "#!/bin/sh\nps -o pid,comm | awk -v name=$1 '$2 ~ name {print $1}'\n",
     "bin/ipcs": "#!/bin/sh\ncat /proc/sysvipc/shm\n",

@@ -140,11 +140,13 @@ fn linux_section(
     ] {
         insert_unless(&mut section, key, paths.is_empty(), json!(paths));
     }
+    // libcontainer knows the recursive kinds by the names of the others, and has no others.
+    let propagation = linux.RootfsPropagation.as_str();
     insert_unless(
         &mut section,
         "rootfsPropagation",
-        linux.RootfsPropagation.is_empty(),
-        json!(linux.RootfsPropagation),
+        propagation.is_empty(),
+        json!(propagation.strip_prefix('r').unwrap_or(propagation)),
     );
     if !linux.MountLabel.is_empty() {
         ignored.push("SELinux mount label");

@@ -58,6 +58,23 @@ fn namespaces_are_completed_shared_and_never_network() {
 }
 
 #[test]
+fn recursive_propagation_of_the_root_has_the_name_that_libcontainer_knows() {
+    for (given, expected) in [
+        ("", None),
+        ("rshared", Some("shared")),
+        ("rslave", Some("slave")),
+        ("rprivate", Some("private")),
+        ("slave", Some("slave")),
+    ] {
+        let mut source = minimal();
+        source.Linux.mut_or_insert_default().RootfsPropagation = given.into();
+        let converted = convert(&source).unwrap().spec;
+        let linux = converted.linux().as_ref().unwrap();
+        assert_eq!(linux.rootfs_propagation().as_deref(), expected);
+    }
+}
+
+#[test]
 fn unknown_namespace_is_invalid() {
     let mut source = minimal();
     add_namespace(&mut source, "moon");
