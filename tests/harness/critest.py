@@ -30,7 +30,8 @@ _SERVE = """
 _WEB = ("/bin/sh", "-c", _SERVE, "nginx: master process")
 
 IMAGES = {
-    PAUSE_NAME: Image(command=("/bin/sleep", "2147483647")),
+    # Not sleep, for which the tests look among a pod's processes.
+    PAUSE_NAME: Image(command=("/bin/tail", "-f", "/dev/null")),
     _BUSYBOX: Image(command=("/bin/sh",)),
     f"{_E2E}busybox:1.29-4": Image(command=("/bin/sh",)),
     _NGINX: Image(command=_WEB),
@@ -72,7 +73,7 @@ def run_critest(
         "runtime-endpoint": endpoint,
         "image-endpoint": endpoint,
         "test-images-file": os.fspath(folder / "images.yaml"),
-        "report-dir": os.fspath(folder),
+        "ginkgo.junit-report": os.fspath(folder / "report.xml"),
         "ginkgo.no-color": "true",
         "ginkgo.succinct": "true",
         "ginkgo.skip": skip,
@@ -85,8 +86,7 @@ def run_critest(
         timeout=timeout_s,
         check=False,
     )
-    (report,) = folder.glob("*.xml")
-    return _read(report)
+    return _read(folder / "report.xml")
 
 
 def _read(report: Path) -> Report:

@@ -247,6 +247,32 @@ def test_sysctls_are_the_pods(cri: Cri) -> None:
             assert cri.exec(container, "cat", path) == value
 
 
+def test_security_settings_are_the_containers(cri: Cri) -> None:
+    net_admin = 1 << 12
+    with cri.pod(linux={"security_context": {"privileged": True}}) as pod:
+
+        def started(**settings: object) -> tuple[str, dict[str, str]]:
+            container = pod.start(*_FOREVER, linux={"security_context": settings})
+            lines = cri.exec(container, "cat", "/proc/1/status").splitlines()
+            return container, {
+                key: value.strip() for key, _, value in (x.partition(":") for x in lines)
+            }
+
+        _, plain = started()
+        assert int(plain["CapEff"], 16) & net_admin == 0
+        assert plain["NoNewPrivs"] == "0"
+        _, added = started(capabilities={"add_capabilities": ["NET_ADMIN"]})
+        assert int(added["CapEff"], 16) == int(plain["CapEff"], 16) | net_admin
+        _, dropped = started(capabilities={"drop_capabilities": ["ALL"]}, no_new_privs=True)
+        assert int(dropped["CapEff"], 16) == 0
+        assert dropped["NoNewPrivs"] == "1"
+        _, privileged = started(privileged=True)
+        assert int(privileged["CapEff"], 16) > int(added["CapEff"], 16)
+        masked, _ = started(masked_paths=["/etc/group"], readonly_paths=["/tmp"])
+        assert cri.exec(masked, "cat", "/etc/group") == ""
+        assert "Read-only" in cri.attempt("exec", "--sync", masked, "touch", "/tmp/x").error
+
+
 def test_a_pods_limits_size_its_machine(cri: Cri, runtime: str) -> None:
     if runtime != KATA_RUNTIME:
         pytest.skip(f"{runtime} has no machine")
