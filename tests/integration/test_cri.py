@@ -252,7 +252,8 @@ def test_security_settings_are_the_containers(cri: Cri) -> None:
     with cri.pod(linux={"security_context": {"privileged": True}}) as pod:
 
         def started(**settings: object) -> tuple[str, dict[str, str]]:
-            container = pod.start(*_FOREVER, linux={"security_context": settings})
+            context = {"namespace_options": {"pid": 1}, **settings}
+            container = pod.start(*_FOREVER, linux={"security_context": context})
             lines = cri.exec(container, "cat", "/proc/1/status").splitlines()
             return container, {
                 key: value.strip() for key, _, value in (x.partition(":") for x in lines)
