@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from harness.daemon import Containerd, DaemonError, Output
 from harness.deadline import wait_until
 
@@ -36,6 +38,25 @@ def missing_programs(crictl: Path) -> str:
         *(Path(shutil.which(each) or each) for each in ("ip", "nsenter")),
     ]
     return ", ".join(os.fspath(path) for path in programs if not os.access(path, os.X_OK))
+
+
+@contextlib.contextmanager
+def node_namespace(program: Path) -> Iterator[Path]:
+    """Make the network namespace that stands for the node's; ``program`` is what runs in it.
+
+    Skips a test where it, or the right to, is missing.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("containerd needs root")
+    if missing := missing_programs(program):
+        pytest.skip(f"no {missing}: run make setup")
+    name = f"kh-{secrets.token_hex(3)}"
+    subprocess.run(["ip", "netns", "add", name], check=True, timeout=10)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True, timeout=10)
+        yield Path("/run/netns") / name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True, timeout=10)
 
 
 def write_network(home: Path, *, maps_ports: bool = False) -> None:

@@ -2,8 +2,6 @@
 
 import functools
 import os
-import secrets
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import pytest
 
 from busybox_image import PAUSE_NAME, build_archive
 from go_build import CRITEST
-from harness.cri import missing_programs, write_network
+from harness.cri import node_namespace, write_network
 from harness.critest import FILES, IMAGES, run_critest
 from harness.daemon import Containerd, ContainerdInstall, CriSettings, private_containerd
 
@@ -43,17 +41,8 @@ SKIPPED = {
 @pytest.fixture(scope="module")
 def node() -> Iterator[Path]:
     """The network namespace that stands for the node's."""
-    if os.geteuid() != 0:
-        pytest.skip("containerd needs root")
-    if missing := missing_programs(CRITEST):
-        pytest.skip(f"no {missing}: run make conformance")
-    name = f"kh-{secrets.token_hex(3)}"
-    subprocess.run(["ip", "netns", "add", name], check=True, timeout=10)
-    try:
-        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True, timeout=10)
-        yield Path("/run/netns") / name
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True, timeout=10)
+    with node_namespace(CRITEST) as node:
+        yield node
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 from busybox_image import IMAGE_NAME, PAUSE_NAME
 from go_build import CRICTL
 from harness.containers import KATA_RUNTIME
-from harness.cri import GATEWAY, Cri, missing_programs, pod_cgroup, write_network
+from harness.cri import GATEWAY, Cri, node_namespace, pod_cgroup, write_network
 from harness.daemon import Containerd, ContainerdInstall, CriSettings, private_containerd
 from harness.deadline import wait_until
 from harness.leaks import find_processes
@@ -31,17 +31,8 @@ _PODS_TIMEOUT_S = 240
 @pytest.fixture(scope="module")
 def node() -> Iterator[Path]:
     """The network namespace that stands for the node's."""
-    if os.geteuid() != 0:
-        pytest.skip("containerd needs root")
-    if missing := missing_programs(CRICTL):
-        pytest.skip(f"no {missing}: run make setup")
-    name = f"kh-{secrets.token_hex(3)}"
-    subprocess.run(["ip", "netns", "add", name], check=True, timeout=10)
-    try:
-        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True, timeout=10)
-        yield Path("/run/netns") / name
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True, timeout=10)
+    with node_namespace(CRICTL) as node:
+        yield node
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@
 """
 
 import os
-import secrets
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from busybox_image import IMAGE_NAME
 from go_build import CRICTL
 from harness.containers import Containers
-from harness.cri import GATEWAY, SUBNET, missing_programs, write_network
+from harness.cri import GATEWAY, SUBNET, node_namespace, write_network
 from harness.daemon import Containerd, ContainerdInstall, private_containerd
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
@@ -34,16 +33,8 @@ _PLACES = """
 @pytest.fixture(scope="module")
 def node() -> Iterator[Path]:
     """The network namespace that stands for the node's."""
-    if os.geteuid() != 0:
-        pytest.skip("containerd needs root")
-    if missing := missing_programs(CRICTL):
-        pytest.skip(f"no {missing}: run make setup")
-    name = f"kh-{secrets.token_hex(3)}"
-    subprocess.run(["ip", "netns", "add", name], check=True, timeout=10)
-    try:
-        yield Path("/run/netns") / name
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], check=True, timeout=10)
+    with node_namespace(CRICTL) as node:
+        yield node
 
 
 @pytest.fixture(scope="module")
