@@ -66,6 +66,7 @@ from kata_hybrid.types import (
 _log = logging.getLogger(__name__)
 
 SIGKILL: Final = 9
+_CLOSED_MEANWHILE: Final = "the sandbox was closed while its guest booted"
 _ENDING_SIGNALS: Final = frozenset({SIGKILL, 15})
 """The agent turns SIGTERM for a process that cannot handle it into SIGKILL."""
 
@@ -183,6 +184,8 @@ class VirtSandbox:
             dns=spec.name_servers(),
             record=self._store.update,
         )
+        if self._state is not SandboxState.BOOTING:
+            raise UnavailableError(_CLOSED_MEANWHILE)
         self._state = SandboxState.READY
         self._supervisor.start(self._watch_guest(guest), name="guest watcher")
         self._exits.watch_oom(guest, self._containers)
@@ -218,14 +221,15 @@ class VirtSandbox:
                 process.release()
                 raise
             self._exits.watch(guest, container, process)
+        if exec_id is None:
+            running = container.state("running", pid=self._task_pid())
+            await self._hooks.started(container.spec.hooks, running)
         return self._task_pid()
 
     async def _start_container(self, guest: Guest, container: Container, process: Process) -> None:
         await guest.agent.start_container(container.id)
         await self._run(guest, process)
         self._events.emit(TaskStarted(container_id=container.id, pid=self._task_pid()))
-        running = container.state("running", pid=self._task_pid())
-        await self._hooks.started(container.spec.hooks, running)
 
     async def _start_exec(
         self, guest: Guest, container: Container, process: Process, exec_id: ExecId
@@ -435,7 +439,9 @@ class VirtSandbox:
 
     async def close(self) -> None:
         """End the guest and release everything. Idempotent."""
-        self._state = SandboxState.CLOSED
+        before, self._state = self._state, SandboxState.CLOSED
+        if before is SandboxState.BOOTING and self._guest is not None:
+            await self._guest.stop()  # Whoever boots it holds the lock of a process.
         await self._ending()
 
     async def _close(self) -> None:
@@ -446,6 +452,7 @@ class VirtSandbox:
             await self._guest.stop()
         for container in self._containers.values():
             container.release()
+            await self._hooks.deleted(container.spec.hooks, container.state("stopped", pid=0))
         await self._streams.close()
         with contextlib.suppress(KataError):
             self._store.update(processes=(), containers=())

@@ -215,6 +215,15 @@ async def test_hooks_are_run_with_the_containers_state(tmp_path: Path) -> None:
 
 
 @on_loop
+async def test_a_sandbox_that_is_closed_runs_the_last_hooks_too(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.write_spec(HOOKED)
+    await world.run()
+    await world.sandbox.close()
+    assert [point for point, _ in world.hooks.ran] == ["create", "start", "delete"]
+
+
+@on_loop
 async def test_a_hook_that_fails_undoes_the_creation(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.write_spec(HOOKED)
@@ -273,6 +282,35 @@ async def test_one_that_does_not_boot_fails_its_start_and_can_be_deleted(tmp_pat
     assert (await world.ended()).status == 255
     await world.sandbox.delete(C1, None)
     assert world.guest.stops > 0
+    assert world.sandbox.is_over
+
+
+@on_loop
+async def test_one_that_is_closed_while_it_boots_stays_closed(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.guest.awaits_links = True
+    await world.create()
+    boots, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(_method: str) -> None:
+        boots.set()
+        await go_on.wait()
+
+    world.agent.gate = slow
+
+    async def stop() -> None:
+        go_on.set()
+
+    world.guest.stop = stop  # type: ignore[method-assign]
+
+    async def start() -> None:
+        with pytest.raises(UnavailableError, match="closed while its guest booted"):
+            await world.sandbox.start(C1, None)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(start())
+        await boots.wait()
+        group.create_task(world.sandbox.close())
     assert world.sandbox.is_over
 
 
