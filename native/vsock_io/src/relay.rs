@@ -1,11 +1,13 @@
 //! Bytes both ways between two connected stream sockets, each direction ending by itself.
 //!
 //! ```text
-//! each direction:  copying ──end of file──▶ flushing ──all written──▶ shut down
+//! each direction:  copying ──end of file──▶ flushing ──all written──▶ shut
+//!                     └──────────── read or write fails ────────────────┘
 //! ```
 //!
-//! [`Relay`] is a source on the I/O thread. It ends when both directions have, or an end fails:
-//! then both descriptors close. What waits to be written is bounded, so that a slow reader slows
+//! [`Relay`] is a source on the I/O thread. It ends when both directions have; then both descriptors
+//! close. A direction that fails leaves the other alone: a server may answer and close without
+//! having read everything, and its answer is still to be delivered. What waits to be written is bounded, so that a slow reader slows
 //! the writer and not the memory.
 
 use std::io;
@@ -53,6 +55,16 @@ impl Direction {
         Ok(moved)
     }
 
+    /// Give up: what waits is nobody's any more.
+    fn fail(&mut self, to: &OwnedFd) {
+        self.buffer = Vec::new();
+        self.start = 0;
+        self.is_at_end = true;
+        self.is_shut = true;
+        // Whoever reads there learns of it, unless that end is gone as well.
+        let _shut = net::shutdown(to, Shutdown::Write);
+    }
+
     fn read(&mut self, from: &OwnedFd) -> io::Result<()> {
         self.start = 0;
         self.buffer.resize(BUFFER, 0);
@@ -92,6 +104,8 @@ pub struct Relay {
     /// From the first end to the second, and back.
     directions: [Direction; 2],
     count: u64,
+    /// The first failure.
+    error: Option<io::Error>,
 }
 
 impl Relay {
@@ -103,14 +117,22 @@ impl Relay {
             ends: [Arc::new(first), Arc::new(second)],
             directions: Default::default(),
             count: 0,
+            error: None,
         }
     }
 
     fn advance(&mut self, context: &mut Context<'_>) -> io::Result<()> {
         let [first, second] = &self.ends;
         let [forth, back] = &mut self.directions;
-        self.count += forth.advance(first, second)?;
-        self.count += back.advance(second, first)?;
+        for (direction, from, to) in [(&mut *forth, first, second), (&mut *back, second, first)] {
+            match direction.advance(from, to) {
+                Ok(moved) => self.count += moved,
+                Err(error) => {
+                    direction.fail(to);
+                    self.error.get_or_insert(error);
+                }
+            }
+        }
         for (key, incoming, outgoing) in [(0, &*forth, &*back), (1, &*back, &*forth)] {
             let interest = Interest {
                 readable: !incoming.is_at_end && incoming.waiting().is_empty(),
@@ -135,10 +157,13 @@ impl Relay {
     }
 
     fn serve(&mut self, context: &mut Context<'_>) {
-        match self.advance(context) {
-            Ok(()) if self.is_over() => self.finish(Code::OK, String::new(), context),
-            Ok(()) => return,
-            Err(error) => self.finish(Code::UNAVAILABLE, error.to_string(), context),
+        let outcome = self.advance(context);
+        if outcome.is_ok() && !self.is_over() {
+            return;
+        }
+        match outcome.err().or_else(|| self.error.take()) {
+            Some(error) => self.finish(Code::UNAVAILABLE, error.to_string(), context),
+            None => self.finish(Code::OK, String::new(), context),
         }
         context.remove();
     }

@@ -111,6 +111,23 @@ fn an_end_that_is_gone_ends_it() {
 }
 
 #[test]
+fn an_answer_arrives_though_the_question_was_not_read() {
+    let mut io = Io::start();
+    let (mut client, mut server) = relayed(&io, 1);
+    client.set_nonblocking(true).unwrap();
+    // More than is held on the way, so that some of it meets a server that is gone.
+    while let Ok(_sent) = client.write(&[0; 4096]) {}
+    server.write_all(&vec![7; 100_000]).unwrap();
+    drop(server);
+    client.set_nonblocking(false).unwrap();
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).unwrap();
+    assert!(answer == vec![7; 100_000], "{} bytes", answer.len());
+    drop(client);
+    assert_eq!(io.wait(1).code, Code::UNAVAILABLE);
+}
+
+#[test]
 fn a_reader_that_does_not_read_stops_the_writer() {
     let io = Io::start();
     let (client, server) = relayed(&io, 1);

@@ -66,12 +66,13 @@ class PortForward:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
                 return
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            try:
-                await self._events.call(
-                    lambda token: self._io.relay(token, connection.detach(), guest.detach())
-                )
-            except KataError as exc:
-                _log.debug("forwarded connection", extra={"port": port, "error": str(exc)})
+            with guest:
+                try:
+                    await self._events.call(
+                        lambda token: self._io.relay(token, connection.detach(), guest.detach())
+                    )
+                except KataError as exc:
+                    _log.debug("forwarded connection", extra={"port": port, "error": str(exc)})
 
     async def _dial(self, port: int) -> socket.socket:
         """Connect to a port of the guest's loopback.
