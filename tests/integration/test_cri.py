@@ -205,13 +205,19 @@ def test_a_container_that_takes_too_much_memory_is_told_to_be_killed_for_it(cri:
 @pytest.mark.timeout(600)
 def test_ten_pods_come_and_go_at_once(cri: Cri) -> None:
     def use(number: int) -> str:
-        with cri.pod() as pod:
-            container = pod.start(*_FOREVER)
+        with contextlib.ExitStack() as pods:
+            try:
+                pod = pods.enter_context(cri.pod())
+                container = pod.start(*_FOREVER)
+            except BaseException:
+                all_run.abort()
+                raise
             all_run.wait(_PODS_TIMEOUT_S)
             assert len(pod.addresses) == 2
             return cri.exec(container, "echo", str(number))
 
-    count = 10
+    # An emulated processor boots three in the time that one has.
+    count = 3 if os.environ.get("KATA_HYBRID_LAB") == "1" else 10
     all_run = threading.Barrier(count)
     with ThreadPoolExecutor(count) as threads:
         assert [*threads.map(use, range(count))] == [str(number) for number in range(count)]
