@@ -165,10 +165,14 @@ def _files(containerd: Containerd) -> list[str]:
 
 
 def _cgroups(namespace: str) -> list[str]:
-    # runc leaves the parent, named like the namespace; only what is below it was a container's.
+    # runc leaves the parent, named like the namespace, and so do we: it is every container's of the
+    # namespace. Only what is below it was one container's.
     return [
         directory
         for directory, _, _ in os.walk(_CGROUPS)
-        if namespace in Path(directory).relative_to(_CGROUPS).parts[:-1]
-        or any(part.startswith("kata-hybrid") for part in Path(directory).parts)
+        if Path(directory).name != namespace
+        and (
+            namespace in Path(directory).relative_to(_CGROUPS).parts
+            or any(part.startswith("kata-hybrid") for part in Path(directory).parts)
+        )
     ]
