@@ -23,7 +23,7 @@ _MODULE = "github.com/containerd/containerd/v2"
 _TAGS = "no_aufs no_btrfs no_devmapper no_zfs"  # plugins that no test uses
 CRICTL_VERSION = "v1.34.0"
 CRICTL = BUILD / "cri-tools" / "bin" / "crictl"
-CRITEST = CRICTL.with_name("critest")
+CRITEST = CRICTL.with_name(f"critest-{CRICTL_VERSION}")
 _CRI_TOOLS = "sigs.k8s.io/cri-tools"
 _CACHE = BUILD / "go"
 

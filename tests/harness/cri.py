@@ -5,6 +5,7 @@ in it, containerd and ``crictl`` run in it. Nothing of the host's network is tou
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -17,7 +18,14 @@ from typing import Any
 
 import pytest
 
-from harness.daemon import Containerd, DaemonError, Output
+from harness.daemon import (
+    Containerd,
+    ContainerdInstall,
+    CriSettings,
+    DaemonError,
+    Output,
+    private_containerd,
+)
 from harness.deadline import wait_until
 
 SUBNET = "10.123.0.0/24"
@@ -109,6 +117,31 @@ def pod_cgroup(path: str) -> Iterator[str]:
     finally:
         for folder in made:
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def cri_containerd(
+    install: ContainerdInstall,
+    *,
+    settings: CriSettings,
+    shim_dir: Path | None,
+    configuration: Path,
+    archive: Path,
+    maps_ports: bool = False,
+) -> Iterator[Containerd]:
+    """Run a daemon with its Kubernetes part; skips a test where containerd is missing."""
+    if missing := install.missing():
+        pytest.skip(f"no {missing}: run make setup")
+    with private_containerd(
+        install,
+        namespace="k8s.io",
+        shim_dir=shim_dir,
+        archive=archive,
+        environment={"KATA_CONF_FILE": os.fspath(configuration)},
+        cri=settings,
+        prepare=functools.partial(write_network, maps_ports=maps_ports),
+    ) as daemon:
+        yield daemon
 
 
 class Pod:

@@ -94,10 +94,10 @@ def _read(report: Path) -> Report:
     # Written by the program above.
     for case in ET.parse(report).iter("testcase"):  # noqa: S314
         name = case.get("name", "")
-        problem = next((case.find(kind) for kind in ("failure", "error") if case.find(kind)), None)
         status = case.get("status")
         if status == "passed":
             passed.add(name)
         elif status != "skipped":
-            failed[name] = problem.get("message", "") if problem is not None else str(status)
+            problems = [*case.iter("failure"), *case.iter("error")]
+            failed[name] = "; ".join(each.get("message", "") for each in problems) or str(status)
     return Report(passed=frozenset(passed), failed=failed)

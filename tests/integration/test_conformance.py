@@ -1,7 +1,5 @@
 """Kubernetes' own tests of the CRI pass, but for those that are listed here with their reasons."""
 
-import functools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +7,9 @@ import pytest
 
 from busybox_image import PAUSE_NAME, build_archive
 from go_build import CRITEST
-from harness.cri import node_namespace, write_network
+from harness.cri import cri_containerd, node_namespace
 from harness.critest import FILES, IMAGES, run_critest
-from harness.daemon import Containerd, ContainerdInstall, CriSettings, private_containerd
+from harness.daemon import Containerd, ContainerdInstall, CriSettings
 
 _TIMEOUT_S = 3000
 
@@ -60,14 +58,13 @@ def containerd(
     """A daemon with the images of the tests."""
     archive = tmp_path_factory.mktemp("images") / "images.tar"
     archive.write_bytes(build_archive(Path("/bin/busybox"), images=IMAGES, files=FILES))
-    with private_containerd(
+    with cri_containerd(
         install,
-        namespace="k8s.io",
+        settings=CriSettings(runtime=runtime, pause_image=PAUSE_NAME, network=node),
         shim_dir=shim_dir,
+        configuration=configuration,
         archive=archive,
-        environment={"KATA_CONF_FILE": os.fspath(configuration)},
-        cri=CriSettings(runtime=runtime, pause_image=PAUSE_NAME, network=node),
-        prepare=functools.partial(write_network, maps_ports=True),
+        maps_ports=True,
     ) as daemon:
         yield daemon
 

@@ -17,8 +17,8 @@ import pytest
 from busybox_image import IMAGE_NAME, PAUSE_NAME
 from go_build import CRICTL
 from harness.containers import KATA_RUNTIME
-from harness.cri import GATEWAY, Cri, node_namespace, pod_cgroup, write_network
-from harness.daemon import Containerd, ContainerdInstall, CriSettings, private_containerd
+from harness.cri import GATEWAY, Cri, cri_containerd, node_namespace, pod_cgroup
+from harness.daemon import Containerd, ContainerdInstall, CriSettings
 from harness.deadline import wait_until
 from harness.leaks import find_processes
 from harness.pods import Namespace
@@ -44,16 +44,12 @@ def containerd(
     node: Path,
 ) -> Iterator[Containerd]:
     """A daemon with its Kubernetes part, instead of the session's without."""
-    if missing := install.missing():
-        pytest.skip(f"no {missing}: run make setup")
-    with private_containerd(
+    with cri_containerd(
         install,
-        namespace="k8s.io",
+        settings=CriSettings(runtime=runtime, pause_image=PAUSE_NAME, network=node),
         shim_dir=shim_dir,
+        configuration=configuration,
         archive=BUILD / "images" / "busybox.tar",
-        environment={"KATA_CONF_FILE": os.fspath(configuration)},
-        cri=CriSettings(runtime=runtime, pause_image=PAUSE_NAME, network=node),
-        prepare=write_network,
     ) as daemon:
         Cri(daemon, crictl=CRICTL, image=IMAGE_NAME).wait_for_images(IMAGE_NAME, PAUSE_NAME)
         yield daemon

@@ -7,8 +7,8 @@
 //!
 //! [`Relay`] is a source on the I/O thread. It ends when both directions have; then both descriptors
 //! close. A direction that fails leaves the other alone: a server may answer and close without
-//! having read everything, and its answer is still to be delivered. What waits to be written is bounded, so that a slow reader slows
-//! the writer and not the memory.
+//! having read everything, and its answer is still to be delivered. What waits to be written is
+//! bounded, so that a slow reader slows the writer and not the memory.
 
 use std::io;
 use std::os::fd::OwnedFd;

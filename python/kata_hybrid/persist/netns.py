@@ -42,12 +42,7 @@ def enter(fd: int) -> None:
     Raises:
         OSError: it is none, or this is not allowed.
     """
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(fd, _CLONE_NEWNET) != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, posix.strerror(error))
+    _call("setns", fd, _CLONE_NEWNET)
 
 
 def enter_new() -> None:
@@ -56,10 +51,14 @@ def enter_new() -> None:
     Raises:
         OSError: this is not allowed.
     """
+    _call("unshare", _CLONE_NEWNET)
+
+
+def _call(function: str, *arguments: int) -> None:
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNET) != 0:
+    if libc[function](*arguments) != 0:
         error = ctypes.get_errno()
         raise OSError(error, posix.strerror(error))
 

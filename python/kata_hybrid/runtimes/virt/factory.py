@@ -47,8 +47,6 @@ RUNTIME_NAME: Final = "virt_container"
 SHARED_FOLDER: Final = "shared"
 _DOCKER: Final = "moby"
 """The namespace of containerd's that dockerd uses: it moves links in between create and start."""
-_NEW: Final = Path()
-"""Stands for a network namespace that is still to be made."""
 
 
 class VirtGuestFactory:
@@ -111,12 +109,15 @@ class VirtGuestFactory:
             if config.runtime.sandbox_cgroup_only
             else ""
         )
-        namespace = _network_namespace(spec)
-        is_own = namespace == _NEW
+        namespace = spec.namespaces.get("network")
+        if namespace is None:
+            # It asks for the host's network, which a machine cannot have.
+            _log.warning("no network namespace: the guest has its loopback only")
+        is_own = namespace == ""
         if is_own:
             own = OwnNamespace()
             self._reaper.spawn_within(own.outside)
-            namespace = own.path
+            namespace = str(own.path)
         _log.info("hypervisor", extra={"hypervisor": selection.name, "reason": selection.reason})
         shared = self._run_dir / SHARED_FOLDER
         shared.mkdir(mode=0o700, exist_ok=True)
@@ -139,7 +140,7 @@ class VirtGuestFactory:
             cgroup=cgroup,
             share_fs=self._share(config, selection, SharedFolder(host_path=shared)),
             network=PodNetwork(
-                namespace,
+                Path(namespace) if namespace else None,
                 model=config.runtime.network_model,
                 reaper=self._reaper,
                 is_own=is_own,
@@ -164,13 +165,3 @@ class VirtGuestFactory:
                     settings=virtiofsd_settings(config.qemu, found),
                     reaper=self._reaper,
                 )
-
-
-def _network_namespace(spec: Spec) -> Path | None:
-    """Return the pod's namespace, or that a new one is asked for; nothing for the host's own."""
-    path = spec.namespaces.get("network")
-    if path is None:
-        # It asks for the host's network, which a machine cannot have.
-        _log.warning("no network namespace: the guest has its loopback only")
-        return None
-    return Path(path) if path else _NEW
