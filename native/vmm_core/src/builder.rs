@@ -22,6 +22,7 @@ use crate::arch::{self, ClockPolicy, HostFeatures, MmioNode, layout};
 use crate::boot::{self, BootSource};
 use crate::bus::Bus;
 use crate::devices::acpi_power::{self, AcpiPower};
+use crate::devices::acpi_slots::{self, AcpiSlots};
 use crate::devices::console::Console;
 use crate::devices::i8042::{self, I8042};
 use crate::devices::serial::Serial;
@@ -46,10 +47,17 @@ const _: () = assert!(
     "one line each"
 );
 
+/// A device of a machine that is still to be made.
+pub(crate) struct Part {
+    pub(crate) device: Box<dyn VirtioDevice>,
+    /// The guest does not know of it before it is shown.
+    pub(crate) is_hidden: bool,
+}
+
 /// What a machine is made from.
 pub(crate) struct Parts<'a> {
     pub(crate) config: &'a VmConfig,
-    pub(crate) devices: Vec<Box<dyn VirtioDevice>>,
+    pub(crate) devices: Vec<Part>,
     pub(crate) console: &'a Arc<Console>,
     pub(crate) events: &'a Arc<dyn VmEvents>,
     pub(crate) state: &'a Arc<StateCell>,
@@ -108,6 +116,7 @@ struct Board {
     devices: Vec<Arc<MmioTransport>>,
     nodes: Vec<MmioNode>,
     serial: Arc<Serial>,
+    slots: Arc<AcpiSlots>,
     ports: Bus,
     registers: Bus,
     epoll: Arc<OwnedFd>,
@@ -123,20 +132,22 @@ impl Board {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map(Arc::new)
             .map_err(system("create an epoll set"))?;
-        let (serial, port_bus) = port_devices(parts.console, vm, saved)?;
+        let mut port_bus = Bus::new();
+        let serial = port_devices(&mut port_bus, parts.console, vm, saved)?;
+        let slots = slots(&mut port_bus, vm, saved)?;
         let mut board = Self {
             devices: Vec::new(),
             nodes: Vec::new(),
             serial,
+            slots,
             ports: port_bus,
             registers: Bus::new(),
             epoll,
         };
         let places = (FIRST_SUBSCRIBER..).zip(layout::MMIO_GSIS);
-        for (device, (subscriber, gsi)) in
-            std::mem::take(&mut parts.devices).into_iter().zip(places)
+        for (part, (subscriber, gsi)) in std::mem::take(&mut parts.devices).into_iter().zip(places)
         {
-            board.add(device, subscriber, gsi, parts.events, vm, ram)?;
+            board.add(part, subscriber, gsi, parts.events, vm, ram)?;
         }
         Ok(board)
     }
@@ -144,7 +155,7 @@ impl Board {
     /// Give a device its registers, its interrupt line and its bells.
     fn add(
         &mut self,
-        device: Box<dyn VirtioDevice>,
+        part: Part,
         subscriber: u32,
         gsi: u32,
         events: &Arc<dyn VmEvents>,
@@ -162,6 +173,7 @@ impl Board {
         let acknowledged = acknowledged.map_err(system("create an acknowledgement's eventfd"))?;
         vm.register_ioeventfd(acknowledged, address + INTERRUPT_ACK, ACKNOWLEDGED_USED)?;
         let watcher = Watcher::new(Arc::clone(&self.epoll), subscriber);
+        let Part { device, is_hidden } = part;
         let transport = MmioTransport::new(
             device,
             Arc::clone(ram),
@@ -176,28 +188,30 @@ impl Board {
         let device = Arc::clone(&transport);
         self.registers.insert(address, size, device)?;
         self.devices.push(transport);
-        self.nodes.push(MmioNode { address, size, gsi });
+        self.nodes.push(MmioNode {
+            address,
+            size,
+            gsi,
+            is_hidden,
+        });
         Ok(())
     }
 }
 
 /// What every machine has behind ports.
 fn port_devices(
+    ports: &mut Bus,
     console: &Arc<Console>,
     vm: &MappedVm,
     saved: Option<&MachineState>,
-) -> Result<(Arc<Serial>, Bus), VmError> {
-    let irqfd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-        .map(Arc::new)
-        .map_err(system("create the serial port's eventfd"))?;
-    vm.register_irqfd(&*irqfd, layout::SERIAL_GSI)?;
+) -> Result<Arc<Serial>, VmError> {
+    let irqfd = irqfd(vm, layout::SERIAL_GSI)?;
     let console = Arc::clone(console);
     let serial = Arc::new(match saved {
         None => Serial::new(console, irqfd),
         Some(saved) => Serial::restore(&saved.serial, console, irqfd)?,
     });
     let power = Arc::new(AcpiPower::new(layout::SLEEP_TYPE_OFF, layout::RESET_VALUE));
-    let mut ports = Bus::new();
     ports.insert(
         layout::SERIAL_PORT.into(),
         layout::SERIAL_PORT_COUNT.into(),
@@ -213,7 +227,30 @@ fn port_devices(
         acpi_power::PORT_COUNT,
         power,
     )?;
-    Ok((serial, ports))
+    Ok(serial)
+}
+
+/// The register of what the guest is to know of.
+fn slots(
+    ports: &mut Bus,
+    vm: &MappedVm,
+    saved: Option<&MachineState>,
+) -> Result<Arc<AcpiSlots>, VmError> {
+    let irqfd = irqfd(vm, layout::SLOTS_GSI)?;
+    let shown = saved.map_or(0, |saved| saved.shown);
+    let slots = Arc::new(AcpiSlots::new(shown, irqfd));
+    let device = Arc::clone(&slots) as Arc<_>;
+    ports.insert(layout::SLOTS_PORT.into(), acpi_slots::PORT_COUNT, device)?;
+    Ok(slots)
+}
+
+/// An eventfd whose writes are edges of a line.
+fn irqfd(vm: &MappedVm, gsi: u32) -> Result<Arc<OwnedFd>, VmError> {
+    let irqfd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+        .map(Arc::new)
+        .map_err(system("create a port device's eventfd"))?;
+    vm.register_irqfd(&*irqfd, gsi)?;
+    Ok(irqfd)
 }
 
 /// Load what is booted and give each vCPU its first registers.
@@ -288,11 +325,13 @@ fn start_threads(
         }
     }
     let devices = board.devices.clone();
+    let slots = Arc::clone(&board.slots);
     let machine = Machine::new(
         Resources {
             vcpus,
             devices: board.devices,
             serial: board.serial,
+            slots: board.slots,
             epoll: board.epoll,
             vm,
             kvm,
@@ -316,5 +355,6 @@ fn start_threads(
         thread,
         thread_ids,
         devices,
+        slots,
     })
 }

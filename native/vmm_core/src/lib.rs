@@ -5,6 +5,7 @@
 //!
 //! - `builder` makes all parts in order; `machine` is the one thread that changes a running
 //!   machine's state; `vcpu` runs the guest; `snapshot` writes and reads the whole of it;
+//!   [`running_devices`] is what the owner asks of devices meanwhile;
 //! - [`virtio`] has the devices behind the MMIO transport, [`devices`] those behind ports, [`bus`]
 //!   finds them;
 //! - [`boot`] puts a kernel into guest memory; [`arch`] is what differs between processors;
@@ -33,6 +34,7 @@ pub mod memory;
 pub mod probe;
 pub mod rate_limiter;
 pub mod register_page;
+pub mod running_devices;
 mod seccomp;
 pub mod snapshot;
 mod thread;

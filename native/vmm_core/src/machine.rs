@@ -23,6 +23,7 @@ use kvm_ioctls::Kvm;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
 use rustix::io::Errno;
 
+use crate::devices::acpi_slots::AcpiSlots;
 use crate::devices::console::Console;
 use crate::devices::serial::Serial;
 use crate::event::{VmEvents, VmExit};
@@ -114,6 +115,7 @@ pub(crate) struct Resources {
     pub(crate) vcpus: Vec<Vcpu>,
     pub(crate) devices: Vec<Arc<MmioTransport>>,
     pub(crate) serial: Arc<Serial>,
+    pub(crate) slots: Arc<AcpiSlots>,
     pub(crate) epoll: Arc<OwnedFd>,
     pub(crate) vm: MappedVm,
     pub(crate) kvm: Kvm,

@@ -27,7 +27,7 @@ use crate::vm::VmConfig;
 const STATE_FILE: &str = "state";
 const MEMORY_FILE: &str = "memory";
 /// Another version is another format: there is no reading of old ones.
-const HEADER: &[u8] = b"kata-hybrid machine, version 1\n";
+const HEADER: &[u8] = b"kata-hybrid machine, version 2\n";
 const CHECKSUM_SIZE: usize = 4;
 /// Far more than the largest machine needs.
 const MAX_STATE_BYTES: u64 = 64 << 20;
@@ -83,6 +83,8 @@ pub(crate) struct MachineState {
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) vm: VmState,
     pub(crate) serial: SerialState,
+    /// Bits of the devices that the guest knows of (`acpi_slots.rs`).
+    pub(crate) shown: u32,
     pub(crate) devices: Vec<MmioState>,
 }
 
@@ -115,6 +117,7 @@ pub(crate) fn write(folder: &Path, resources: &Resources) -> Result<(), Snapshot
         vcpus,
         vm: arch::save_vm(&vm.vm)?,
         serial: resources.serial.save(),
+        shown: resources.slots.shown(),
         devices,
     };
     let (memory, memory_path) = create(folder, MEMORY_FILE)?;

@@ -24,7 +24,8 @@ use thiserror::Error;
 
 use crate::arch::{TablesError, VcpuError};
 use crate::boot::BootError;
-use crate::builder;
+use crate::builder::{self, Part};
+use crate::devices::acpi_slots::AcpiSlots;
 use crate::devices::console::Console;
 use crate::devices::serial::SerialError;
 use crate::event::VmEvents;
@@ -33,7 +34,7 @@ use crate::lock::lock;
 use crate::machine::{Mailbox, Request, StateCell};
 use crate::memory::{MemoryBacking, MemoryError};
 use crate::snapshot::SnapshotError;
-use crate::virtio::device::{DeviceError, DeviceKind, VirtioDevice};
+use crate::virtio::device::{DeviceError, VirtioDevice};
 use crate::virtio::mmio::MmioTransport;
 
 /// For a request to be answered; a snapshot of much memory takes as long as the disk does.
@@ -177,10 +178,11 @@ pub(crate) struct Running {
     pub(crate) thread: JoinHandle<()>,
     pub(crate) thread_ids: Vec<(String, i32)>,
     pub(crate) devices: Vec<Arc<MmioTransport>>,
+    pub(crate) slots: Arc<AcpiSlots>,
 }
 
-enum Stage {
-    Created(Vec<Box<dyn VirtioDevice>>),
+pub(crate) enum Stage {
+    Created(Vec<Part>),
     /// Also once it has stopped by itself.
     Started(Running),
     /// Stopped by us, or never started.
@@ -193,7 +195,7 @@ pub struct Vm {
     console: Arc<Console>,
     events: Arc<dyn VmEvents>,
     state: Arc<StateCell>,
-    stage: Mutex<Stage>,
+    pub(crate) stage: Mutex<Stage>,
 }
 
 impl std::fmt::Debug for Vm {
@@ -258,6 +260,18 @@ impl Vm {
     /// # Errors
     /// It was started, or has too many.
     pub fn add_device(&self, device: Box<dyn VirtioDevice>) -> Result<usize, VmError> {
+        self.add(device, false)
+    }
+
+    /// Add a device that the guest does not know of before [`Vm::show_device`]; gives the same.
+    ///
+    /// # Errors
+    /// As [`Vm::add_device`].
+    pub fn add_hidden_device(&self, device: Box<dyn VirtioDevice>) -> Result<usize, VmError> {
+        self.add(device, true)
+    }
+
+    fn add(&self, device: Box<dyn VirtioDevice>, is_hidden: bool) -> Result<usize, VmError> {
         let mut stage = lock(&self.stage);
         let Stage::Created(devices) = &mut *stage else {
             return Err(self.refuse("add a device to"));
@@ -268,12 +282,13 @@ impl Vm {
             });
         }
         let kind = device.kind();
-        let before = devices.iter().filter(|other| other.kind() == kind).count();
-        devices.push(device);
+        let is_same = |part: &&Part| part.device.kind() == kind;
+        let before = devices.iter().filter(is_same).count();
+        devices.push(Part { device, is_hidden });
         Ok(before)
     }
 
-    fn refuse(&self, request: &'static str) -> VmError {
+    pub(crate) fn refuse(&self, request: &'static str) -> VmError {
         VmError::State {
             state: self.state(),
             request,
@@ -412,68 +427,12 @@ impl Vm {
             Stage::Created(_) | Stage::Over => Vec::new(),
         }
     }
-
-    /// Each device's kind, name and counters. Empty before `start` and after `stop`.
-    pub fn metrics(&self) -> Vec<DeviceMetrics> {
-        let devices = match &*lock(&self.stage) {
-            Stage::Started(running) => running.devices.clone(),
-            Stage::Created(_) | Stage::Over => Vec::new(),
-        };
-        devices
-            .iter()
-            .map(|device| DeviceMetrics {
-                kind: device.kind(),
-                name: device.name().to_owned(),
-                counters: device.metrics(),
-            })
-            .collect()
-    }
-
-    /// Use a device of this type and name, whatever thread this is.
-    ///
-    /// # Errors
-    /// There is none, or the machine is not started.
-    pub fn with_device<D: VirtioDevice, R>(
-        &self,
-        name: &str,
-        work: impl FnOnce(&mut D) -> R,
-    ) -> Result<R, VmError> {
-        let devices = match &*lock(&self.stage) {
-            Stage::Started(running) => running.devices.clone(),
-            Stage::Created(_) | Stage::Over => return Err(self.refuse("use a device of")),
-        };
-        let mut work = Some(work);
-        for device in devices.iter().filter(|device| device.name() == name) {
-            let done = device.with_device(|device| {
-                let device = (device as &mut dyn std::any::Any).downcast_mut::<D>()?;
-                work.take().map(|work| work(device))
-            });
-            if let Some(result) = done {
-                return Ok(result);
-            }
-        }
-        Err(VmError::Device(DeviceError::State {
-            kind: "device",
-            reason: format!("none is called {name}"),
-        }))
-    }
 }
 
 impl Drop for Vm {
     fn drop(&mut self) {
         let _result = self.stop();
     }
-}
-
-/// Counters of one device.
-#[derive(Clone, Debug)]
-pub struct DeviceMetrics {
-    /// What it is.
-    pub kind: DeviceKind,
-    /// Which of its kind.
-    pub name: String,
-    /// Names and values.
-    pub counters: Vec<(&'static str, u64)>,
 }
 
 fn check(name: &'static str, value: u64, min: u64, max: u64) -> Result<(), VmError> {

@@ -215,6 +215,52 @@ class Vm:
             ValueError: it is no raw image or block device, a limit is 0, ``engine`` another word.
             VmmError: too late, or too many devices.
         """
+    def add_disk_slot(self, *, name: str) -> str:
+        """Add a device that disks come into while the guest runs. Before the start.
+
+        The guest does not know of it before the first comes: its kernel needs ACPI with containers
+        and generic events. It then stays, empty or not.
+
+        Args:
+            name: the slot's, in errors and metrics.
+
+        Returns:
+            The node of its disks in a Linux guest, if slots get their first ones in order.
+
+        Raises:
+            VmmError: too late, or too many devices.
+        """
+    def plug_disk(
+        self,
+        *,
+        slot: str,
+        id: str,  # noqa: A002 - as add_disk's
+        path: str | PathLike[str],
+        is_read_only: bool = False,
+        is_direct: bool = False,
+        engine: Literal["auto", "io_uring", "sync"] = "auto",
+        bandwidth: Limit | None = None,
+        operations: Limit | None = None,
+    ) -> None:
+        """Put a disk into a slot. While the machine runs.
+
+        Returns when the guest has looked at it, or after a second. A disk that may not be written
+        refuses it; the guest learns that from its first try. Arguments are those of
+        :meth:`add_disk`.
+
+        Raises:
+            OSError: the file cannot be used; ``filename`` is its path.
+            ValueError: it is no raw image or block device, a limit is 0, ``engine`` another word.
+            VmmError: there is no such slot, it is occupied, or the machine does not run.
+        """
+    def unplug_disk(self, *, slot: str) -> None:
+        """Take the disk out of a slot, after what is under way. While the machine runs.
+
+        What the guest asks of it afterwards fails. Idempotent.
+
+        Raises:
+            VmmError: there is no such slot, the disk does not answer, or the machine does not run.
+        """
     def add_folder(
         self,
         *,

@@ -19,12 +19,21 @@ import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 from kata_hybrid.types import ProcessIdentity
 
 _LOG = logging.getLogger(__name__)
-Around = Callable[[], contextlib.AbstractContextManager[None]]
+_T = TypeVar("_T")
+
+
+class Outside(Protocol):
+    """Calls a function on another thread of this process, and waits."""
+
+    def __call__(self, function: Callable[[], _T]) -> _T:
+        """Return what it returns, raise what it raises."""
+
+
 _DIE_WITH_PARENT: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
@@ -78,12 +87,15 @@ class ProcessReaper:
         """Handle SIGCHLD on the running loop, which must belong to the main thread."""
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[int, tuple[subprocess.Popen[bytes] | None, asyncio.Future[int]]] = {}
-        self._around: Around = contextlib.nullcontext
+        self._outside: Outside = _here
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
 
-    def spawn_within(self, around: Around) -> None:
-        """Start every child from now on in a context: what it inherits is what holds there."""
-        self._around = around
+    def spawn_from(self, outside: Outside) -> None:
+        """Start every child from now on from a thread: what it inherits is that thread's.
+
+        The thread must last as long as the process: children die with it.
+        """
+        self._outside = outside
 
     async def spawn(
         self,
@@ -116,8 +128,8 @@ class ProcessReaper:
         if dies_with_parent:
             words = [*_DIE_WITH_PARENT, *words]
         # Returns once the child has exec'ed: microseconds to a few milliseconds.
-        with self._around():
-            child = subprocess.Popen(  # noqa: ASYNC220 - see above; callers give fixed programs
+        child = self._outside(
+            lambda: subprocess.Popen(
                 words,
                 stdin=stdin,
                 stdout=stdout,
@@ -127,6 +139,7 @@ class ProcessReaper:
                 env=env,
                 start_new_session=True,
             )
+        )
         return self._adopt(name or Path(program).name, child.pid, popen=child)
 
     async def spawn_mapped(
@@ -160,8 +173,8 @@ class ProcessReaper:
                 for number in _inheritable_descriptors()
                 if number > 2 and number not in fds  # noqa: PLR2004 - past standard error
             ]
-            with self._around():
-                pid = os.posix_spawn(  # noqa: ASYNC221 - as in spawn
+            pid = self._outside(
+                lambda: os.posix_spawn(
                     program or argv[0],
                     list(argv),
                     dict(env),
@@ -170,6 +183,7 @@ class ProcessReaper:
                     # What this process ignores is no business of the program's.
                     setsigdef=(signal.SIGPIPE, signal.SIGHUP),
                 )
+            )
         return self._adopt(name, pid, popen=None)
 
     def _adopt(self, name: str, pid: int, *, popen: subprocess.Popen[bytes] | None) -> Process:
@@ -205,6 +219,10 @@ class ProcessReaper:
                 child.returncode = code
             if not exited.done():
                 exited.set_result(code)
+
+
+def _here(function: Callable[[], _T]) -> _T:
+    return function()
 
 
 def _inheritable_descriptors() -> list[int]:

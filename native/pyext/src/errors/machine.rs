@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use virtio_core::vsock::hybrid::HybridError;
 use vmm_core::boot::BootError;
 use vmm_core::kvm::KvmError;
+use vmm_core::running_devices::PlugError;
 use vmm_core::snapshot::SnapshotError;
 use vmm_core::virtio::block::BlockError;
 use vmm_core::virtio::block::disk::DiskError;
@@ -56,6 +57,21 @@ pub(crate) enum MachineError {
     /// The entropy device, which has nothing but its limits to go wrong.
     #[error("limit the entropy device")]
     Rng(#[source] ThrottleError),
+}
+
+impl From<PlugError> for MachineError {
+    fn from(error: PlugError) -> Self {
+        match error {
+            PlugError::Disk(error) => error.into(),
+            PlugError::Vm(error) => error.into(),
+        }
+    }
+}
+
+impl From<PlugError> for NativeError {
+    fn from(error: PlugError) -> Self {
+        Self::Machine(error.into())
+    }
 }
 
 impl From<VmError> for NativeError {

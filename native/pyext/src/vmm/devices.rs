@@ -48,7 +48,7 @@ impl Tap {
 }
 
 /// Who does the I/O of a disk, by its word.
-pub(super) fn engine(word: &str) -> Result<EngineChoice, NativeError> {
+fn engine(word: &str) -> Result<EngineChoice, NativeError> {
     match word {
         "auto" => Ok(EngineChoice::Auto),
         "io_uring" => Ok(EngineChoice::Uring),
@@ -79,6 +79,33 @@ pub(super) fn cache_mode(word: &str) -> Result<CacheMode, NativeError> {
 pub(super) fn disk_node(before: usize) -> String {
     let letter = LETTERS.clone().nth(before).unwrap_or(*LETTERS.end());
     format!("/dev/vd{letter}")
+}
+
+/// How a disk is to be.
+///
+/// # Errors
+/// The engine is another word.
+pub(super) fn disk_config(
+    id: String,
+    path: PathBuf,
+    is_read_only: bool,
+    is_direct: bool,
+    engine: &str,
+    rate_limiter: Option<RateLimiterConfig>,
+) -> Result<BlockConfig, NativeError> {
+    Ok(BlockConfig {
+        id,
+        path,
+        is_read_only,
+        is_direct,
+        engine: self::engine(engine)?,
+        rate_limiter,
+    })
+}
+
+/// A device that disks come into.
+pub(super) fn disk_slot(name: String) -> Result<Device, MachineError> {
+    Ok(Box::new(Block::slot(name)?))
 }
 
 /// A disk.

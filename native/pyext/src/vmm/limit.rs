@@ -49,3 +49,11 @@ pub(super) fn limits(bandwidth: Option<Limit>, operations: Option<Limit>) -> Rat
         operations: operations.map(TokenBucketConfig::from),
     }
 }
+
+/// Both limits of a device, if there is one.
+pub(super) fn limits_of(
+    bandwidth: Option<Limit>,
+    operations: Option<Limit>,
+) -> Option<RateLimiterConfig> {
+    (bandwidth.is_some() || operations.is_some()).then(|| limits(bandwidth, operations))
+}

@@ -9,12 +9,11 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use vmm_core::event::VmEvents;
 use vmm_core::virtio::balloon::BalloonConfig;
-use vmm_core::virtio::block::BlockConfig;
 use vmm_core::virtio::net::NetConfig;
 use vmm_core::vm::{VmError, VmState};
 
 use super::devices::{self, Device, Tap};
-use super::limit::limits;
+use super::limit::{limits, limits_of};
 use super::reports::Reports;
 use super::{Balloon, DeviceMetrics, Limit, VmConfig, VmExit};
 use crate::convert::take_fd;
@@ -73,17 +72,59 @@ impl Vm {
         bandwidth: Option<Limit>,
         operations: Option<Limit>,
     ) -> PyResult<String> {
-        let config = BlockConfig {
-            id,
-            path,
-            is_read_only,
-            is_direct,
-            engine: devices::engine(engine)?,
-            rate_limiter: (bandwidth.is_some() || operations.is_some())
-                .then(|| limits(bandwidth, operations)),
-        };
+        let limit = limits_of(bandwidth, operations);
+        let config = devices::disk_config(id, path, is_read_only, is_direct, engine, limit)?;
         let before = self.add(py, || devices::disk(config))?;
         Ok(devices::disk_node(before))
+    }
+
+    /// Add a device that disks come into while the guest runs; gives the node that those have,
+    /// if slots are filled in their order for the first time. Before the start.
+    #[pyo3(signature = (*, name))]
+    fn add_disk_slot(&self, py: Python<'_>, name: String) -> PyResult<String> {
+        let before = detached(py, || {
+            Ok::<_, MachineError>(self.vm.add_hidden_device(devices::disk_slot(name)?)?)
+        })?;
+        Ok(devices::disk_node(before))
+    }
+
+    /// Put a disk into a slot.
+    #[pyo3(signature = (
+        *,
+        slot,
+        id,
+        path,
+        is_read_only = false,
+        is_direct = false,
+        engine = "auto",
+        bandwidth = None,
+        operations = None,
+    ))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one keyword for each property of a disk"
+    )]
+    fn plug_disk(
+        &self,
+        py: Python<'_>,
+        slot: &str,
+        id: String,
+        path: PathBuf,
+        is_read_only: bool,
+        is_direct: bool,
+        engine: &str,
+        bandwidth: Option<Limit>,
+        operations: Option<Limit>,
+    ) -> PyResult<()> {
+        let limit = limits_of(bandwidth, operations);
+        let config = devices::disk_config(id, path, is_read_only, is_direct, engine, limit)?;
+        detached(py, || self.vm.plug_disk(slot, config))
+    }
+
+    /// Take the disk out of a slot. Idempotent.
+    #[pyo3(signature = (*, slot))]
+    fn unplug_disk(&self, py: Python<'_>, slot: &str) -> PyResult<()> {
+        detached(py, || self.vm.unplug_disk(slot))
     }
 
     /// Share a folder. Before the start.

@@ -6,7 +6,7 @@ use pyo3::types::PyDict;
 /// Counters of one device at one moment. Frozen.
 #[pyclass(frozen, module = "kata_hybrid._native.vmm")]
 pub(crate) struct DeviceMetrics {
-    inner: vmm_core::vm::DeviceMetrics,
+    inner: vmm_core::running_devices::DeviceMetrics,
 }
 
 #[pymethods]
@@ -35,8 +35,8 @@ impl DeviceMetrics {
     }
 }
 
-impl From<vmm_core::vm::DeviceMetrics> for DeviceMetrics {
-    fn from(inner: vmm_core::vm::DeviceMetrics) -> Self {
+impl From<vmm_core::running_devices::DeviceMetrics> for DeviceMetrics {
+    fn from(inner: vmm_core::running_devices::DeviceMetrics) -> Self {
         Self { inner }
     }
 }

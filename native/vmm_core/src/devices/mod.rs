@@ -5,6 +5,7 @@
 //! whichever vCPU accesses it; none blocks.
 
 pub mod acpi_power;
+pub mod acpi_slots;
 pub mod console;
 pub mod i8042;
 pub mod serial;

@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from kata_hybrid.aio.process import ProcessReaper
+from kata_hybrid.aio.process import Process, ProcessReaper
 from kata_hybrid.errors import FailedPreconditionError, InvalidSpecError
+from kata_hybrid.hypervisor.console import OutputReader
 from kata_hybrid.runtimes.oci.values import as_list, as_object, as_text
 from kata_hybrid.types import JsonObject
 
@@ -29,6 +30,7 @@ HOST_HOOKS: Final = (*_CREATE, *_START, *_DELETE)
 _TIMEOUT_S: Final = 120
 _MAX_TIMEOUT_S: Final = 3600
 _MAX_ERROR_BYTES: Final = 4096
+_LAST_WORDS_S: Final = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +74,10 @@ def _hook(value: object, field: str) -> Hook:
         message = f"{field}.path must be absolute, is {path!r}"
         raise InvalidSpecError(message)
     args, env = (_words(entry.get(key), f"{field}.{key}") for key in ("args", "env"))
+    for index, word in enumerate(env):
+        if word.partition("=")[0] == "":
+            message = f"{field}.env[{index}] {word!r} has no name"
+            raise InvalidSpecError(message)
     timeout = entry.get("timeout")
     if timeout is None:
         timeout = _TIMEOUT_S
@@ -138,38 +144,55 @@ class HookRunner:
                     _log.warning("hook failed", extra={"error": str(exc)})
 
     async def _run(self, hook: Hook, point: str, state: JsonObject) -> None:
-        with contextlib.ExitStack() as files:
-            given, errors = os.memfd_create("hook-state"), os.memfd_create("hook-errors")
-            files.callback(os.close, given)
-            files.callback(os.close, errors)
-            os.pwrite(given, json.dumps(state).encode(), 0)
-            reason = await self._outcome(hook, given=given, errors=errors)
-            if not reason:
-                return
-            said = os.pread(errors, _MAX_ERROR_BYTES, 0).decode(errors="replace").strip()
-        message = f"{point} hook {hook.path}: {reason}"
-        raise FailedPreconditionError(f"{message}: {said}" if said else message)
+        try:
+            reason = await self._outcome(hook, state)
+        except (OSError, ValueError) as exc:
+            reason = getattr(exc, "strerror", None) or str(exc)
+        if reason:
+            message = f"{point} hook {hook.path}: {reason}"
+            raise FailedPreconditionError(message)
 
-    async def _outcome(self, hook: Hook, *, given: int, errors: int) -> str:
-        """Run it; return why it failed, if it did."""
-        try:
-            process = await self._reaper.spawn_mapped(
-                hook.args,
-                program=hook.path,
-                name="hook",
-                env=hook.env,
-                fds={0: given, 1: errors, 2: errors},
-            )
-        except OSError as exc:
-            return exc.strerror or str(exc)
-        try:
-            async with asyncio.timeout(hook.timeout_s):
-                status = await process.exited()
-        except TimeoutError:
-            return f"it has not ended in {hook.timeout_s} s"
-        finally:
-            # With what it started: it leads a session of its own.
-            if not process.has_exited:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-        return "" if status == 0 else f"exit status {status}"
+    async def _outcome(self, hook: Hook, state: JsonObject) -> str:
+        """Run it; return why it failed, if it did.
+
+        Raises:
+            OSError, ValueError: it could not be started.
+        """
+        with contextlib.ExitStack() as resources:
+            given = os.memfd_create("hook-state")
+            resources.callback(os.close, given)
+            os.pwrite(given, json.dumps(state).encode(), 0)
+            read_end, write_end = os.pipe()
+            said = OutputReader(read_end, sink=None, tail_bytes=_MAX_ERROR_BYTES)
+            resources.callback(said.close)
+            with os.fdopen(write_end, "wb"):
+                process = await self._reaper.spawn_mapped(
+                    hook.args,
+                    program=hook.path,
+                    name="hook",
+                    env=hook.env,
+                    fds={0: given, 1: write_end, 2: write_end},
+                )
+            reason = await _end(process, timeout_s=hook.timeout_s)
+            if reason:
+                # Its last words; whoever it left behind may hold the pipe open.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LAST_WORDS_S):
+                        await said.ended()
+            words = said.tail()
+            return f"{reason}: {words}" if reason and words else reason
+
+
+async def _end(process: Process, *, timeout_s: int) -> str:
+    """Wait for it; return why it failed, if it did."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            status = await process.exited()
+    except TimeoutError:
+        return f"it has not ended in {timeout_s} s"
+    finally:
+        # With what it started: it leads a session of its own.
+        if not process.has_exited:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return "" if status == 0 else f"exit status {status}"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 _PROGRAM = """
-import asyncio, contextlib, json, os, subprocess
+import asyncio, json, os, subprocess, threading
 from kata_hybrid.aio.process import ProcessReaper
 from kata_hybrid.resource.network.own import OwnNamespace
 
@@ -21,8 +21,13 @@ async def main():
     reaper = ProcessReaper()
     before = here()
     own = OwnNamespace()
-    reaper.spawn_within(own.outside)
-    children = []
+    reaper.spawn_from(own.outside)
+    children, seen, done = [], set(), threading.Event()
+    def watch():
+        while not done.is_set():
+            seen.add(here(os.getpid()))
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     for program in ("spawn", "spawn_mapped"):
         read, write = os.pipe()
         words = ["/bin/readlink", "/proc/self/ns/net"]
@@ -32,13 +37,18 @@ async def main():
             child = await reaper.spawn_mapped(words, name="x", env={}, fds={1: write})
         assert await child.exited() == 0
         children.append(os.read(read, 100).decode().strip())
-    with contextlib.suppress(ZeroDivisionError), own.outside():
-        outside = here()
-        1 / 0
+    done.set()
+    watcher.join()
+    outside = own.outside(lambda: here("thread-self"))
+    try:
+        own.outside(lambda: 1 / 0)
+    except ZeroDivisionError:
+        raised = True
     links = subprocess.run(["ip", "-j", "link"], capture_output=True, check=True).stdout
     print(json.dumps({
         "before": before, "inside": os.readlink(own.path), "here": here(), "outside": outside,
-        "children": children, "links": json.loads(links), "pid": os.getpid(), "path": str(own.path),
+        "children": children, "seen": sorted(seen), "raised": raised,
+        "links": json.loads(links), "pid": os.getpid(), "path": str(own.path),
     }))
 
 asyncio.run(main())
@@ -61,6 +71,10 @@ def test_the_process_is_in_it_and_is_found_by_its_pid(said: dict[str, Any]) -> N
     assert said["here"] == said["inside"] != said["before"]
 
 
+def test_whoever_looks_finds_it_there_also_while_a_child_is_started(said: dict[str, Any]) -> None:
+    assert said["seen"] == [said["inside"]]
+
+
 def test_its_loopback_is_up_and_there_is_nothing_else(said: dict[str, Any]) -> None:
     names = {link["ifname"] for link in said["links"] if "UP" in link["flags"]}
     assert names == {"lo"}
@@ -68,4 +82,5 @@ def test_its_loopback_is_up_and_there_is_nothing_else(said: dict[str, Any]) -> N
 
 def test_children_are_where_the_process_was(said: dict[str, Any]) -> None:
     assert said["children"] == [said["before"]] * 2
+    assert said["raised"]
     assert said["outside"] == said["before"] == str(Path("/proc/self/ns/net").readlink())

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -103,6 +105,37 @@ async def test_one_that_is_killed_is_named_with_the_signal() -> None:
             await hooks.create(parse_hooks({"prestart": [shell("kill $$")]}), _STATE)
 
 
+@on_loop
+async def test_of_much_output_the_end_is_told() -> None:
+    script = "for n in $(seq 100000); do echo $n; done; echo because; exit 1"
+    async with runner() as hooks:
+        with pytest.raises(FailedPreconditionError, match="because$") as failure:
+            await hooks.create(parse_hooks({"prestart": [shell(script)]}), _STATE)
+    assert len(str(failure.value)) < 5000
+
+
+@on_loop
+async def test_what_a_hook_leaves_behind_is_not_waited_for(tmp_path: Path) -> None:
+    script = f'sleep 1000 & echo $! >"{tmp_path}/pid"; echo because; exit 1'
+    async with runner() as hooks:
+        with pytest.raises(FailedPreconditionError, match="because"):
+            await hooks.create(parse_hooks({"prestart": [shell(script)]}), _STATE)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+@on_loop
+async def test_descriptors_that_have_run_out_are_a_failure_like_others(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_descriptors(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "memfd_create", no_descriptors)
+    async with runner() as hooks:
+        await hooks.deleted(parse_hooks({"poststop": [shell("true")]}), _STATE)
+    assert "Too many open files" in caplog.records[0].__dict__["error"]
+
+
 def test_fields_left_out_have_their_defaults() -> None:
     assert parse_hooks(None) == {}
     assert parse_hooks({"startContainer": [{"path": "relative"}], "poststop": None}) == {}
@@ -121,6 +154,7 @@ def test_fields_left_out_have_their_defaults() -> None:
         ({"poststop": [{"path": "/a"}, {"path": "a"}]}, r"poststop\[1\].path must be absolute"),
         ({"prestart": [{"path": "/a", "args": [1]}]}, r"prestart\[0\].args\[0\] must be a string"),
         ({"prestart": [{"path": "/a", "env": "A=b"}]}, r"prestart\[0\].env must be an array"),
+        ({"prestart": [{"path": "/a", "env": ["A=b", "=c"]}]}, r"env\[1\] '=c' has no name"),
         ({"prestart": [{"path": "/a\0"}]}, "NUL"),
         ({"prestart": [{"path": "/a", "timeout": 0}]}, "above 0, is 0"),
         ({"prestart": [{"path": "/a", "timeout": True}]}, "above 0, is True"),

@@ -31,7 +31,7 @@ pub const MMIO_DEVICES_START: u64 = GAP_START;
 /// Address space of each virtio-mmio device.
 pub const MMIO_DEVICE_SIZE: u64 = 0x2000;
 /// Interrupt lines of the virtio-mmio devices: what is left of the IOAPIC's 24 pins after the
-/// timer (0), keyboard (1), cascade (2) and serial ports (3, 4).
+/// timer (0), keyboard (1), cascade (2), hot-plug (3) and serial port (4).
 pub const MMIO_GSIS: RangeInclusive<u32> = 5..=23;
 
 /// The first serial port (COM1), eight registers.
@@ -56,6 +56,10 @@ pub const RESET_PORT: u16 = 0x602;
 pub const RESET_VALUE: u8 = 1;
 /// The sleep type that `\_S5_` names for "off".
 pub const SLEEP_TYPE_OFF: u8 = 5;
+/// Which of the virtio devices the guest is to know of: a bit each (`acpi_slots.rs`).
+pub const SLOTS_PORT: u16 = 0x608;
+/// The line of its changes: COM2's, which no machine here has.
+pub const SLOTS_GSI: u32 = 3;
 /// Sleep type 5 in bits 4:2, sleep enable in bit 5.
 pub const SLEEP_CONTROL_OFF: u8 = SLEEP_TYPE_OFF << 2 | 1 << 5;
 

@@ -21,25 +21,44 @@ pub(super) const FEATURE_WRITE_ZEROES: u64 = 1 << 14;
 
 /// `struct virtio_blk_config` up to the fields of write zeroes.
 pub(super) type ConfigSpace = [u8; 60];
+/// Where the capacity ends, which is the first field.
+pub(super) const CAPACITY_END: usize = 8;
+/// Blocks of a slot's disks, whatever the disk: the driver asks once, in bytes.
+const SLOT_LOGICAL: u32 = 512;
+const SLOT_PHYSICAL: u32 = 4096;
 
 /// What is offered besides what every ring has.
-pub(super) fn features(disk: &Disk) -> u64 {
+pub(super) fn features(is_read_only: bool) -> u64 {
     let always = FEATURE_SEG_MAX | FEATURE_BLOCK_SIZE | FEATURE_FLUSH | FEATURE_TOPOLOGY;
-    if disk.is_read_only() {
+    if is_read_only {
         always | FEATURE_READ_ONLY
     } else {
         always | FEATURE_DISCARD | FEATURE_WRITE_ZEROES
     }
 }
 
-/// The whole space.
+/// The whole space of a disk.
 pub(super) fn of(disk: &Disk) -> ConfigSpace {
-    let logical = disk.logical_block_size();
-    let blocks_per_physical = disk.physical_block_size() / logical;
+    let (logical, physical) = (disk.logical_block_size(), disk.physical_block_size());
+    space(
+        disk.capacity_sectors(),
+        logical,
+        physical,
+        disk.is_read_only(),
+    )
+}
+
+/// The whole space of a slot.
+pub(super) fn of_slot(capacity_sectors: u64) -> ConfigSpace {
+    space(capacity_sectors, SLOT_LOGICAL, SLOT_PHYSICAL, false)
+}
+
+fn space(capacity_sectors: u64, logical: u32, physical: u32, is_read_only: bool) -> ConfigSpace {
+    let blocks_per_physical = physical / logical;
     let min_io_blocks = u16::try_from(blocks_per_physical).unwrap_or(1);
     let physical_exponent = u8::try_from(blocks_per_physical.ilog2()).unwrap_or(0);
     // What is not aligned to a physical block frees no room.
-    let sectors_per_physical = u64::from(disk.physical_block_size()) / SECTOR_SIZE;
+    let sectors_per_physical = u64::from(physical) / SECTOR_SIZE;
     let discard_alignment = u32::try_from(sectors_per_physical).unwrap_or(1);
     let max_segments = u32::try_from(MAX_SEGMENTS).unwrap_or(1);
 
@@ -49,13 +68,13 @@ pub(super) fn of(disk: &Disk) -> ConfigSpace {
             field.copy_from_slice(bytes);
         }
     };
-    put(0, &disk.capacity_sectors().to_le_bytes());
+    put(0, &capacity_sectors.to_le_bytes());
     // A request's header and status have a descriptor each.
     put(12, &u32::from(QUEUE_SIZE - 2).to_le_bytes());
     put(20, &logical.to_le_bytes());
     put(24, &[physical_exponent]);
     put(26, &min_io_blocks.to_le_bytes());
-    if !disk.is_read_only() {
+    if !is_read_only {
         put(36, &MAX_SEGMENT_SECTORS.to_le_bytes());
         put(40, &max_segments.to_le_bytes());
         put(44, &discard_alignment.to_le_bytes());

@@ -25,6 +25,7 @@ use super::disk::Disk;
 use super::engine::Engine;
 use super::pump::{Pump, Source};
 use super::request::Terms;
+use super::slot::Slot;
 use super::state::{BlockState, VERSION};
 use crate::virtio::device::{
     Activation, DeviceError, DeviceKind, FIRST_DEVICE_TOKEN, VirtioDevice, Watcher,
@@ -46,18 +47,20 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// A disk as a virtio device.
 #[derive(Debug)]
 pub struct Block {
-    id: String,
-    pump: Pump,
-    uring_refusal: Option<io::Error>,
-    config_space: ConfigSpace,
-    active: Option<Active>,
+    pub(super) id: String,
+    pub(super) pump: Pump,
+    pub(super) uring_refusal: Option<io::Error>,
+    pub(super) config_space: ConfigSpace,
+    pub(super) active: Option<Active>,
+    /// Of a device that disks come into and leave.
+    pub(super) slot: Option<Slot>,
 }
 
 /// What there is between activation and reset.
 #[derive(Debug)]
-struct Active {
-    source: Source,
-    watcher: Watcher,
+pub(super) struct Active {
+    pub(super) source: Source,
+    pub(super) watcher: Watcher,
 }
 
 impl Block {
@@ -86,13 +89,21 @@ impl Block {
             Ok(throttle) => throttle,
             Err(source) => return Err(BlockError::Throttle { id, source }),
         };
-        Ok(Self {
+        let mut block = Self::with_pump(id, Pump::new(disk, engine, throttle));
+        block.uring_refusal = uring_refusal;
+        Ok(block)
+    }
+
+    /// Of parts that are made.
+    pub(super) fn with_pump(id: String, pump: Pump) -> Self {
+        Self {
             id,
-            config_space: config_space::of(&disk),
-            pump: Pump::new(disk, engine, throttle),
-            uring_refusal,
+            config_space: config_space::of(&pump.disk),
+            pump,
+            uring_refusal: None,
             active: None,
-        })
+            slot: None,
+        }
     }
 
     /// The file or device.
@@ -111,7 +122,7 @@ impl Block {
     }
 
     /// Watch what `turn` depends on.
-    fn watch(&self, watcher: &Watcher) -> Result<(), DeviceError> {
+    pub(super) fn watch(&self, watcher: &Watcher) -> Result<(), DeviceError> {
         let failed = DeviceError::system("watch the disk's completions and timer");
         if let Some(completions) = self.pump.engine.completions() {
             watcher
@@ -126,7 +137,7 @@ impl Block {
         Ok(())
     }
 
-    fn unwatch(&self, watcher: &Watcher) {
+    pub(super) fn unwatch(&self, watcher: &Watcher) {
         // Those that were never added are not there to be removed.
         if let Some(completions) = self.pump.engine.completions() {
             let _removed = watcher.remove(completions);
@@ -154,11 +165,12 @@ impl VirtioDevice for Block {
     }
 
     fn name(&self) -> &str {
-        &self.id
+        self.slot.as_ref().map_or(&self.id, |slot| &slot.name)
     }
 
     fn features(&self) -> u64 {
-        RING | config_space::features(&self.pump.disk)
+        let is_read_only = self.slot.is_none() && self.pump.disk.is_read_only();
+        RING | config_space::features(is_read_only)
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -167,6 +179,9 @@ impl VirtioDevice for Block {
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {
         config_space::read(&self.config_space, offset, data);
+        if let Some(slot) = &self.slot {
+            slot.is_read(offset);
+        }
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), DeviceError> {
@@ -272,7 +287,7 @@ impl VirtioDevice for Block {
 }
 
 /// The id's first bytes, zeros after them.
-fn serial_of(id: &str) -> [u8; SERIAL_LEN] {
+pub(super) fn serial_of(id: &str) -> [u8; SERIAL_LEN] {
     let mut serial = [0; SERIAL_LEN];
     for (target, source) in serial.iter_mut().zip(id.bytes()) {
         *target = source;

@@ -171,6 +171,28 @@ impl Disk {
         })
     }
 
+    /// No disk: `path` is a file that has nothing and takes nothing, and its size counts as 0.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub(super) fn absent(path: &Path) -> Result<Self, DiskError> {
+        Ok(Self {
+            path: path.to_owned(),
+            file: open(path, true)?,
+            cached: None,
+            alignment: None,
+            zeroing: Zeroing {
+                has_zero_range: false,
+                has_punch_hole: false,
+            },
+            is_block_device: false,
+            is_read_only: true,
+            size: 0,
+            logical_block_size: 512,
+            physical_block_size: 512,
+        })
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path

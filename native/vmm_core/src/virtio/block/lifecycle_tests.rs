@@ -140,13 +140,7 @@ fn hanging() -> Option<(Rig, Ticket, OwnedFd)> {
             return None;
         }
     };
-    let block = Block {
-        id: "hanging".into(),
-        config_space: config_space::of(&disk),
-        pump: Pump::new(disk, engine, None),
-        uring_refusal: None,
-        active: None,
-    };
+    let block = Block::with_pump("hanging".into(), Pump::new(disk, engine, None));
     let features = block.features();
     let mut rig = Rig::with_features(block, features);
     let ticket = rig.add(IN, 0, &from_disk(512));

@@ -11,6 +11,7 @@
 //! - `engine`: who runs the steps: `io_uring`, or plain system calls where that is refused.
 //! - `pump`: from the ring to the engine and back, turn by turn.
 //! - [`device`]: activation, pause, reset, snapshots.
+//! - `slot`: disks that come and go while the guest runs.
 //!
 //! Everything runs on the I/O thread, but for `activate` and `reset`, which the driver's vCPU
 //! calls under the transport's lock. A request is owned by the engine while it is under way, and
@@ -28,6 +29,7 @@ mod pump;
 mod request;
 #[cfg(test)]
 mod rig;
+mod slot;
 mod state;
 
 pub use config::{BlockConfig, BlockError};

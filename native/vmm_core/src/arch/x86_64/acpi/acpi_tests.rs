@@ -13,6 +13,7 @@ fn nodes(count: u64) -> Vec<MmioNode> {
             address: layout::MMIO_DEVICES_START + number * layout::MMIO_DEVICE_SIZE,
             size: layout::MMIO_DEVICE_SIZE,
             gsi,
+            is_hidden: false,
         })
         .collect()
 }
@@ -138,6 +139,38 @@ fn the_dsdt_names_every_device_and_how_to_switch_off() {
 }
 
 #[test]
+fn a_hidden_device_has_a_status_and_is_below_the_container() {
+    let memory = memory();
+    let mut nodes = nodes(7);
+    write_tables(&memory, 1, &nodes).unwrap();
+    let [.., plain] = tables(&memory);
+    let contains = |table: &[u8], bytes: &[u8]| table.windows(bytes.len()).any(|at| at == bytes);
+    assert!(!contains(&plain, b"_STA") && !contains(&plain, b"ACPI0013"));
+    nodes[6].is_hidden = true;
+    write_tables(&memory, 1, &nodes).unwrap();
+    let [.., dsdt] = tables(&memory);
+    // If (S006) { Return (0x0f) } Return (0)
+    let status = [
+        b"_STA\0\xa0\x08S006\xa4\x0a\x0f".as_slice(),
+        b"\xa4\x00".as_slice(),
+    ]
+    .concat();
+    assert!(contains(&dsdt, &status), "{dsdt:x?}");
+    let at = |bytes: &[u8]| {
+        dsdt.windows(bytes.len())
+            .position(|at| at == bytes)
+            .unwrap()
+    };
+    assert!(at(b"VR05") < at(b"ACPI0004") && at(b"ACPI0013") < at(b"VR06"));
+    // The register: ports 0x608 to 0x60b.
+    assert!(contains(&dsdt, b"SLTR\x01\x0b\x08\x06\x0a\x04"));
+    // Notify (\_SB.SLTS, 0)
+    assert!(contains(&dsdt, b"_EVT\x09\x86\\\x2e_SB_SLTS\x00"));
+    let too_many = vec![nodes[6]; 33];
+    assert!(write_tables(&memory, 1, &too_many).is_err());
+}
+
+#[test]
 fn devices_out_of_reach_or_too_many_are_errors() {
     let memory = memory();
     for (address, size) in [
@@ -149,6 +182,7 @@ fn devices_out_of_reach_or_too_many_are_errors() {
             address,
             size,
             gsi: 5,
+            is_hidden: false,
         };
         let error = write_tables(&memory, 1, &[node]).unwrap_err();
         assert!(

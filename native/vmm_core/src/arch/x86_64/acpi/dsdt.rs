@@ -1,16 +1,17 @@
 //! The DSDT: devices that the kernel can't find by itself, in AML.
 //!
-//! Drivers: `8250_pnp` for PNP0501, `virtio_mmio` for LNRO0005. Distribution kernels are built
+//! Drivers: `8250_pnp` for PNP0501, `virtio_mmio` for LNRO0005, ACPI's own for
+//! what hot-plug needs (`slots.rs`). Distribution kernels are built
 //! without `virtio_mmio.device=` on the command line, so this is the only way to name the devices.
 
-use acpi_tables::Aml;
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate,
     Scope, ZERO,
 };
 use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
 
-use super::{MmioNode, OEM_ID, OEM_REVISION, OEM_TABLE_ID, TablesError};
+use super::{MmioNode, OEM_ID, OEM_REVISION, OEM_TABLE_ID, TablesError, encode, slots};
 use crate::arch::layout;
 
 /// Two hexadecimal digits in a device's name.
@@ -26,8 +27,17 @@ pub(super) fn build(nodes: &[MmioNode]) -> Result<Sdt, TablesError> {
         return Err(TablesError::TooManyDevices { count: nodes.len() });
     }
     let mut devices = serial_port();
+    let mut hidden = Vec::new();
     for (number, node) in nodes.iter().enumerate() {
-        devices.append(&mut virtio_device(number, node)?);
+        let mut device = virtio_device(number, node)?;
+        if node.is_hidden {
+            hidden.append(&mut device);
+        } else {
+            devices.append(&mut device);
+        }
+    }
+    if !hidden.is_empty() {
+        devices.append(&mut slots::build(hidden));
     }
     let mut table = Sdt::new(
         *b"DSDT",
@@ -42,12 +52,6 @@ pub(super) fn build(nodes: &[MmioNode]) -> Result<Sdt, TablesError> {
     let off = Package::new(vec![&layout::SLEEP_TYPE_OFF, &ZERO, &ZERO, &ZERO]);
     table.append_slice(&encode(&Name::new(Path::new("\\_S5_"), &off)));
     Ok(table)
-}
-
-fn encode(object: &dyn Aml) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    object.to_aml_bytes(&mut bytes);
-    bytes
 }
 
 /// COM1, for a console.
@@ -84,6 +88,13 @@ fn virtio_device(number: usize, node: &MmioNode) -> Result<Vec<u8>, TablesError>
     if node.address.saturating_add(node.size) > layout::GAP_END {
         return Err(too_high());
     }
+    let status = if !node.is_hidden {
+        Encoded(Vec::new())
+    } else if number < slots::BITS {
+        Encoded(slots::status(number))
+    } else {
+        return Err(TablesError::TooManyDevices { count: number + 1 });
+    };
     Ok(encode(&Device::new(
         Path::new(&format!("VR{number:02X}")),
         vec![
@@ -98,6 +109,16 @@ fn virtio_device(number: usize, node: &MmioNode) -> Result<Vec<u8>, TablesError>
                     &Interrupt::new(true, true, false, false, node.gsi),
                 ]),
             ),
+            &status,
         ],
     )))
+}
+
+/// AML that is there already.
+struct Encoded(Vec<u8>);
+
+impl Aml for Encoded {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
 }

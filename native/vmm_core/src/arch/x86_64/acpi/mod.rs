@@ -10,6 +10,7 @@
 
 mod dsdt;
 mod fixed;
+mod slots;
 
 use acpi_tables::Aml;
 use acpi_tables::rsdp::Rsdp;
@@ -34,6 +35,8 @@ pub struct MmioNode {
     pub size: u64,
     /// Its interrupt line, edge-triggered.
     pub gsi: u32,
+    /// The guest does not know of it before its bit of [`layout::SLOTS_PORT`] is set.
+    pub is_hidden: bool,
 }
 
 /// Why the tables could not be written.
@@ -90,6 +93,12 @@ pub fn write_tables(
     Ok(layout::RSDP)
 }
 
+fn encode(object: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    object.to_aml_bytes(&mut bytes);
+    bytes
+}
+
 /// Where the next table goes.
 struct TableArea<'a> {
     memory: &'a GuestMemoryMmap,
@@ -107,8 +116,7 @@ impl TableArea<'_> {
     }
 
     fn write(&self, table: &dyn Aml, address: u64) -> Result<u64, TablesError> {
-        let mut bytes = Vec::new();
-        table.to_aml_bytes(&mut bytes);
+        let bytes = encode(table);
         let size = bytes.len() as u64;
         if address + size > layout::ACPI_TABLES_END.0 {
             return Err(TablesError::TooManyDevices {
