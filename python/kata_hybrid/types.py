@@ -95,6 +95,21 @@ class GuestStorage:
     options: tuple[str, ...] = ()
     is_shared: bool = False
     """It stays until the guest ends, and not only as long as a container uses it."""
+    group_id: int | None = None
+    """Whose everything in it is to be."""
+    is_group_kept_if_right: bool = False
+    """Only if the root of it is another group's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestDevice:
+    """A disk of the guest's that a container has as a device (agent protocol ``Device``)."""
+
+    driver: str
+    source: str
+    """As of :class:`GuestDisk`."""
+    container_path: str
+    """By which the agent finds it in the container's spec."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +200,7 @@ class VmExit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockDevice:
-    """A disk the guest gets before it boots (virtio-blk)."""
+    """A disk of the guest's (virtio-blk)."""
 
     id: str
     """At most 20 bytes: becomes the virtio-blk serial."""

@@ -5,6 +5,7 @@ of a few bytes (``tiny_kernel.py``), so it is asked on a host whose KVM runs no 
 """
 
 import asyncio
+import contextlib
 import gc
 import os
 import shutil
@@ -232,8 +233,6 @@ def test_devices_are_refused_after_the_start(monitor: Monitor, run_dir: Path) ->
     async def use(machine: Hypervisor) -> None:
         await machine.start()
         with pytest.raises(InvalidStateError):
-            machine.add_disk(BlockDevice(id="x", path=run_dir / "x", is_read_only=True))
-        with pytest.raises(InvalidStateError):
             machine.add_shared_folder(HostFolder(tag="x", path=run_dir))
 
     monitor.run(use, end=End.HALT)
@@ -245,7 +244,7 @@ def test_each_disk_has_a_place_of_its_own(monitor: Monitor, run_dir: Path) -> No
 
     async def use(machine: Hypervisor) -> None:
         disks = [
-            machine.add_disk(BlockDevice(id=name, path=image, is_read_only=True))
+            await machine.add_disk(BlockDevice(id=name, path=image, is_read_only=True))
             for name in ("one", "two")
         ]
         assert len({disk.source for disk in disks}) == 2
@@ -259,7 +258,53 @@ def test_each_disk_has_a_place_of_its_own(monitor: Monitor, run_dir: Path) -> No
 def test_a_disk_id_that_is_no_serial_is_refused(monitor: Monitor, run_dir: Path, name: str) -> None:
     async def use(machine: Hypervisor) -> None:
         with pytest.raises(InvalidArgumentError):
-            machine.add_disk(BlockDevice(id=name, path=run_dir / "x", is_read_only=True))
+            await machine.add_disk(BlockDevice(id=name, path=run_dir / "x", is_read_only=True))
+
+    monitor.run(use, end=End.HALT)
+
+
+def test_disks_come_and_go_while_it_runs_and_each_has_a_place(
+    monitor: Monitor, run_dir: Path
+) -> None:
+    image = run_dir / "image"
+    image.write_bytes(bytes(4096))
+
+    def disk(name: str) -> BlockDevice:
+        return BlockDevice(id=name, path=image, is_read_only=True)
+
+    async def use(machine: Hypervisor) -> None:
+        first = await machine.add_disk(disk("first"))
+        await machine.start()
+        places = [(await machine.add_disk(disk(f"d{number}"))).source for number in range(3)]
+        assert len({first.source, *places}) == 4
+        await machine.remove_disk("first")  # It was there from the start, and stays.
+        await machine.remove_disk("never")
+        for number in range(3):
+            await machine.remove_disk(f"d{number}")
+            await machine.remove_disk(f"d{number}")
+        await machine.add_disk(disk("d0"))
+        await machine.stop()
+        await machine.remove_disk("d0")
+        with pytest.raises(InvalidStateError):
+            await machine.add_disk(disk("late"))
+
+    monitor.run(use, end=End.HALT)
+
+
+def test_a_disk_that_cannot_be_opened_leaves_its_place_free(
+    monitor: Monitor, run_dir: Path
+) -> None:
+    image = run_dir / "image"
+    image.write_bytes(bytes(4096))
+
+    async def use(machine: Hypervisor) -> None:
+        await machine.start()
+        for _ in range(20):
+            with contextlib.suppress(VmmError):
+                disk = BlockDevice(id="none", path=run_dir / "none", is_read_only=True)
+                await machine.add_disk(disk)
+            await machine.remove_disk("none")
+        await machine.add_disk(BlockDevice(id="some", path=image, is_read_only=True))
 
     monitor.run(use, end=End.HALT)
 

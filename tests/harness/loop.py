@@ -16,3 +16,14 @@ def on_loop(test: Callable[_P, Coroutine[Any, Any, None]]) -> Callable[_P, None]
         asyncio.run(test(*args, **kwargs))
 
     return run
+
+
+async def until(condition: Callable[[], bool], *, timeout_s: float = 10) -> None:
+    """Let other tasks run until ``condition`` holds.
+
+    Raises:
+        TimeoutError: it does not in time.
+    """
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - of anything, which tells nobody
+            await asyncio.sleep(0)

@@ -59,7 +59,7 @@ def test_the_agent_answers_and_mounts_what_it_is_given(
             settings=BuiltinSettings(),
             events=native,
         )
-        found = machine.add_disk(BlockDevice(id="data", path=disk, is_read_only=False))
+        found = await machine.add_disk(BlockDevice(id="data", path=disk, is_read_only=False))
         machine.add_shared_folder(HostFolder(tag="share", path=tmp_path))
         agent = AgentClient(io, native, timeout_s=30)
         try:

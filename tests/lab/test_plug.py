@@ -15,7 +15,9 @@ _SLOTS = ("slot-0", "slot-1", "slot-2")
 
 
 @pytest.fixture(scope="module")
-def machine(image: GuestImage, run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+def machine(
+    image: GuestImage, run_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Machine]:
     """A machine with a disk of its own and three slots."""
     fixed = _disk(tmp_path_factory.mktemp("fixed") / "fixed", size=1 << 20)
     with Machine(image, run_dir, vcpu_count=2) as machine:

@@ -249,6 +249,6 @@ def test_any_interleaving_tells_an_ordered_story(
     assert started <= exited, "a process that ran has no exit"
     assert TaskStatus.RUNNING not in {
         process.status
-        for container in world.sandbox._containers.values()
+        for container in world.sandbox._containers.all
         for process in (container.process, *container.execs.values())
     }

@@ -235,8 +235,8 @@ def test_disks_do_not_keep_a_guest_from_booting(machines: Machines) -> None:
     image.write_bytes(bytes(1 << 16))
 
     async def use(machine: QemuHypervisor) -> None:
-        first = machine.add_disk(BlockDevice(id="one", path=image, is_read_only=True))
-        second = machine.add_disk(BlockDevice(id="two", path=image, is_read_only=True))
+        first = await machine.add_disk(BlockDevice(id="one", path=image, is_read_only=True))
+        second = await machine.add_disk(BlockDevice(id="two", path=image, is_read_only=True))
         assert (first.source, second.source) == ("08", "09")
         await machine.start()
         assert (await machine.exited()).reason == "guest-shutdown"
@@ -248,7 +248,7 @@ def test_devices_are_refused_after_the_start(machines: Machines) -> None:
     async def use(machine: QemuHypervisor) -> None:
         await machine.start()
         with pytest.raises(InvalidStateError):
-            machine.add_disk(BlockDevice(id="x", path=Path("/x"), is_read_only=True))
+            machine.add_shared_folder(VhostUserFs(tag="x", socket_path=Path("/x")))
 
     run(machines, say(b"", ending=Ending.PAUSE), use)
 

@@ -14,6 +14,7 @@ from kata_hybrid.types import (
     ContainerStats,
     ExecId,
     GuestDetails,
+    GuestDevice,
     GuestNetwork,
     GuestStorage,
     JsonObject,
@@ -88,6 +89,7 @@ class Agent(Protocol):
         *,
         spec: JsonObject,
         storages: tuple[GuestStorage, ...],
+        devices: tuple[GuestDevice, ...] = (),
         has_sandbox_pidns: bool,
     ) -> None:
         """Create a container whose process waits for :meth:`start_container`."""

@@ -38,6 +38,7 @@ from kata_hybrid.types import (
     ContainerStats,
     ExecId,
     GuestDetails,
+    GuestDevice,
     GuestNetwork,
     GuestStorage,
     JsonObject,
@@ -207,12 +208,14 @@ class AgentClient:
         *,
         spec: JsonObject,
         storages: tuple[GuestStorage, ...],
+        devices: tuple[GuestDevice, ...] = (),
         has_sandbox_pidns: bool,
     ) -> None:
         """Create a container whose process waits for :meth:`start_container`."""
         request = agent_pb2.CreateContainerRequest(
             container_id=container_id,
             storages=convert.storage_messages(storages),
+            devices=convert.device_messages(devices),
             OCI=convert.spec_message(spec),
             sandbox_pidns=has_sandbox_pidns,
         )

@@ -13,12 +13,13 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from kata_hybrid.errors import InvalidSpecError
-from kata_hybrid.protos import agent_pb2, oci_pb2
+from kata_hybrid.protos import agent_pb2, agent_types_pb2, oci_pb2
 from kata_hybrid.types import (
     BlockIoEntry,
     ContainerStats,
     CpuStats,
     GuestDetails,
+    GuestDevice,
     GuestStorage,
     HugetlbStats,
     JsonObject,
@@ -81,8 +82,31 @@ def storage_messages(storages: Iterable[GuestStorage]) -> list[agent_pb2.Storage
             options=storage.options,
             mount_point=storage.mount_point,
             shared=storage.is_shared,
+            fs_group=_group_message(storage),
         )
         for storage in storages
+    ]
+
+
+def _group_message(storage: GuestStorage) -> agent_pb2.FSGroup | None:
+    if storage.group_id is None:
+        return None
+    policy = (
+        agent_types_pb2.OnRootMismatch if storage.is_group_kept_if_right else agent_types_pb2.Always
+    )
+    return agent_pb2.FSGroup(group_id=storage.group_id, group_change_policy=policy)
+
+
+def device_messages(devices: Iterable[GuestDevice]) -> list[agent_pb2.Device]:
+    """Convert the disks that a container has as devices."""
+    return [
+        agent_pb2.Device(
+            # One names a node of the guest's, the others a place on a bus.
+            **{"vm_path" if device.driver == "mmioblk" else "id": device.source},
+            type=device.driver,
+            container_path=device.container_path,
+        )
+        for device in devices
     ]
 
 

@@ -17,6 +17,11 @@ class Ending:
         self._supervisor = Supervisor(name)
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def has_begun(self) -> bool:
+        """Somebody has asked for it."""
+        return self._task is not None
+
     async def __call__(self) -> None:
         """Wait for the end. A caller that is cancelled leaves it under way.
 

@@ -41,10 +41,12 @@ class Supervisor:
         """Cancel what runs."""
         await self.close()
 
-    def start(self, work: Coroutine[Any, Any, _T], *, name: str) -> asyncio.Task[_T]:
+    def start(
+        self, work: Coroutine[Any, Any, _T], *, name: str, is_awaited: bool = False
+    ) -> asyncio.Task[_T]:
         """Run ``work`` as a task.
 
-        Its exception, if any, is logged here unless somebody awaits the task.
+        Its exception, if any, is logged here, unless it ``is_awaited``: then whoever waits gets it.
 
         Raises:
             RuntimeError: the supervisor is closed; ``work`` has been closed.
@@ -55,7 +57,7 @@ class Supervisor:
             raise RuntimeError(msg)
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._forget)
+        task.add_done_callback(self._hear if is_awaited else self._forget)
         return task
 
     async def drained(self) -> None:
@@ -76,6 +78,11 @@ class Supervisor:
             _, stuck = await asyncio.wait(others, timeout=_CANCEL_S)
             for task in stuck:
                 _LOG.error("task does not end", extra={"task": task.get_name()})
+
+    def _hear(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # Whoever gave up waiting does not make it news.
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

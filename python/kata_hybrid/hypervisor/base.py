@@ -71,13 +71,26 @@ class Hypervisor(Protocol):
             InvalidStateError: too late.
         """
 
-    def add_disk(self, disk: BlockDevice) -> GuestDisk:
-        """Give the guest a virtio-blk device and say how the agent finds it. Before ``start``.
+    async def add_disk(self, disk: BlockDevice) -> GuestDisk:
+        """Give the guest a virtio-blk device and say how the agent finds it. Until its end.
+
+        While the machine runs the disk comes once its file is open; the guest may need a moment.
 
         Raises:
-            InvalidArgumentError: its id does not fit a virtio-blk serial.
+            InvalidArgumentError: its id does not fit a virtio-blk serial, or it is no disk.
             ResourceExhaustedError: the machine has room for no more.
-            InvalidStateError: too late.
+            VmmError: it cannot be opened, or the machine does not take it.
+            InvalidStateError: the machine is at its end.
+        """
+
+    async def remove_disk(self, disk_id: str) -> None:
+        """Take a disk away that was given while the machine runs: afterwards it is not open here.
+
+        One that was there from the start stays; one that is not there, and a machine that is gone,
+        are no errors.
+
+        Raises:
+            VmmError: the guest or the host does not let it go.
         """
 
     def add_network(self, device: NetworkDevice) -> str:

@@ -16,8 +16,10 @@ import errno
 import logging
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypedDict
 
 from kata_hybrid._native import vmm
 from kata_hybrid.aio.blocking import begin_in_thread, call_in_thread
@@ -49,7 +51,10 @@ from kata_hybrid.types import (
 _START_TIMEOUT_S = 60.0
 """Reading a kernel from a slow disk, and filling gigabytes of huge pages with zeros."""
 _STOP_TIMEOUT_S = 20.0
+_CALL_TIMEOUT_S = 30.0
+"""Opening a disk on storage that is slow, and what was under way on one that goes."""
 _MAX_DISKS = 11
+_NO_ROOM_FOR_DISKS = f"a machine has at most {_MAX_DISKS} disks"
 _MAX_NETWORKS = 4
 _HUGE_PAGE_MIB = 2
 _KVM_DEVICE = "/dev/kvm"
@@ -107,6 +112,32 @@ def _disk_limit(per_second: int, *, burst: int) -> DiskLimit | None:
     return DiskLimit(per_second=per_second, one_time_burst=burst) if per_second else None
 
 
+@dataclass(slots=True, kw_only=True)
+class _DiskSlot:
+    """Where a disk may come while the machine runs."""
+
+    name: str
+    index: int
+    """Among the disks of the guest."""
+    disk_id: str | None = None
+
+
+class _DiskArguments(TypedDict):
+    """Of ``vmm.Vm.add_disk``."""
+
+    id: str
+    path: Path
+    is_read_only: bool
+    is_direct: bool
+    engine: Literal["auto", "sync"]
+    bandwidth: vmm.Limit | None
+    operations: vmm.Limit | None
+
+
+class _NotDoneError(VmmError):
+    """The machine still works on it."""
+
+
 class BuiltinHypervisor:
     """One virtual machine in this process (implements ``Hypervisor``)."""
 
@@ -120,6 +151,8 @@ class BuiltinHypervisor:
         self._folders: list[HostFolder] = []
         self._disks: list[BlockDevice] = []
         self._networks: list[NetworkDevice] = []
+        self._slots: list[_DiskSlot] = []
+        self._calls = asyncio.Lock()
         self._vm: vmm.Vm | None = None
         self._console: OutputReader | None = None
         self._console_end = ""
@@ -157,15 +190,75 @@ class BuiltinHypervisor:
             raise InvalidArgumentError(message)
         self._folders.append(folder)
 
-    def add_disk(self, disk: BlockDevice) -> GuestDisk:
-        """Give the guest a virtio-blk device, found by its node. Before ``start``."""
-        self._refuse_if_started("add a disk to")
+    async def add_disk(self, disk: BlockDevice) -> GuestDisk:
+        """Give the guest a virtio-blk device, found by its node."""
         check_serial(disk.id)
+        if self._is_running:
+            return await self._plug(disk)
+        self._refuse_if_started("add a disk to")
         if len(self._disks) >= _MAX_DISKS:
-            message = f"a machine has at most {_MAX_DISKS} disks"
-            raise ResourceExhaustedError(message)
+            raise ResourceExhaustedError(_NO_ROOM_FOR_DISKS)
         self._disks.append(disk)
-        return GuestDisk(driver="mmioblk", source=_disk_node(len(self._disks) - 1))
+        return _guest_disk(len(self._disks) - 1)
+
+    async def _plug(self, disk: BlockDevice) -> GuestDisk:
+        # The lowest: slots are first used in their order, and the guest names them by that.
+        slot = next((slot for slot in self._slots if slot.disk_id is None), None)
+        if slot is None:
+            raise ResourceExhaustedError(_NO_ROOM_FOR_DISKS)
+        slot.disk_id = disk.id
+        arguments = self._disk_arguments(disk)
+        try:
+            await self._call(
+                lambda vm: vm.plug_disk(slot=slot.name, **arguments),
+                what=f"plug disk {disk.path}",
+            )
+        except _NotDoneError:
+            # It may come yet: the slot stays taken.
+            raise
+        except KataError:
+            slot.disk_id = None
+            raise
+        return _guest_disk(slot.index)
+
+    async def remove_disk(self, disk_id: str) -> None:
+        """Take a disk out of its slot."""
+        slot = next((slot for slot in self._slots if slot.disk_id == disk_id), None)
+        if slot is None or not self._is_running:
+            return
+        await self._call(lambda vm: vm.unplug_disk(slot=slot.name), what=f"unplug disk {disk_id}")
+        slot.disk_id = None
+
+    async def _call(self, work: Callable[[vmm.Vm], None], *, what: str) -> None:
+        """Have the machine do something that opens or waits, off the loop, one after another."""
+        vm = self._vm
+        if vm is None:
+            raise InvalidStateError(self._machine.name, state="exited", request=what)
+        async with self._calls:
+            call = begin_in_thread(lambda: work(vm), name=_THREAD_NAME)
+            try:
+                async with asyncio.timeout(_CALL_TIMEOUT_S):
+                    await asyncio.wait({call})
+            except TimeoutError as error:
+                raise _NotDoneError(what, f"not done in {_CALL_TIMEOUT_S:g} s") from error
+            with _native_errors(what):
+                call.result()
+
+    @property
+    def _is_running(self) -> bool:
+        return self._began.is_set() and self._exit is None and self._vm is not None
+
+    def _disk_arguments(self, disk: BlockDevice) -> "_DiskArguments":
+        settings = self._settings
+        return {
+            "id": disk.id,
+            "path": disk.path,
+            "is_read_only": disk.is_read_only,
+            "is_direct": settings.is_block_direct,
+            "engine": "auto" if settings.block_engine is BlockEngine.IO_URING else "sync",
+            "bandwidth": _native_limit(settings.disk_bandwidth),
+            "operations": _native_limit(settings.disk_operations),
+        }
 
     def add_network(self, device: NetworkDevice) -> str:
         """Give the guest a virtio-net device, found by its hardware address. Before ``start``."""
@@ -235,18 +328,7 @@ class BuiltinHypervisor:
         for folder in self._folders:
             vm.add_folder(tag=folder.tag, folder=folder.path, cache=folder.cache.value)
         for index, disk in enumerate(self._disks):
-            node = vm.add_disk(
-                id=disk.id,
-                path=disk.path,
-                is_read_only=disk.is_read_only,
-                is_direct=settings.is_block_direct,
-                engine="auto" if settings.block_engine is BlockEngine.IO_URING else "sync",
-                bandwidth=_native_limit(settings.disk_bandwidth),
-                operations=_native_limit(settings.disk_operations),
-            )
-            if node != _disk_node(index):
-                message = f"disk {disk.id} is {node}, {_disk_node(index)} was promised"
-                raise InternalError(message)
+            _check_node(vm.add_disk(**self._disk_arguments(disk)), index)
         for network in self._networks:
             vm.add_net(
                 id=network.id,
@@ -256,6 +338,12 @@ class BuiltinHypervisor:
                 mtu=network.mtu,
                 queue_pairs=len(network.tap_fds),
             )
+        self._slots = [
+            _DiskSlot(name=f"slot-{index}", index=index)
+            for index in range(len(self._disks), _MAX_DISKS)
+        ]
+        for slot in self._slots:
+            _check_node(vm.add_disk_slot(name=slot.name), slot.index)
         vm.start()
 
     async def _end_failed_start(self) -> None:
@@ -355,6 +443,16 @@ def _native_limit(limit: DiskLimit | None) -> vmm.Limit | None:
 
 def _disk_node(index: int) -> str:
     return f"/dev/vd{chr(ord('a') + index)}"
+
+
+def _guest_disk(index: int) -> GuestDisk:
+    return GuestDisk(driver="mmioblk", source=_disk_node(index))
+
+
+def _check_node(node: str, index: int) -> None:
+    if node != _disk_node(index):
+        message = f"a disk is {node}, {_disk_node(index)} was promised"
+        raise InternalError(message)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ is read by descriptor callbacks, and whoever awaits :meth:`QemuHypervisor.exited
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kata_hybrid.aio.process import Process, ProcessReaper
-from kata_hybrid.errors import InvalidArgumentError, InvalidStateError, VmmError
+from kata_hybrid.errors import InvalidArgumentError, InvalidStateError, KataError, VmmError
 from kata_hybrid.hypervisor.base import MachineConfig, check_serial
 from kata_hybrid.hypervisor.console import OutputReader
 from kata_hybrid.hypervisor.qemu_command import (
@@ -26,6 +27,8 @@ from kata_hybrid.hypervisor.qemu_command import (
     build_command,
     disk_pci_path,
     network_pci_path,
+    plugged_disk,
+    plugged_pci_path,
 )
 from kata_hybrid.hypervisor.qmp import ExitCauses, Monitor
 from kata_hybrid.hypervisor.vsock import (
@@ -51,6 +54,8 @@ from kata_hybrid.types import (
 VSOCK_SOCKET = "vhost-user-vsock.sock"
 _MONITOR_TIMEOUT_S = 30.0
 _COMMAND_TIMEOUT_S = 30.0
+_UNPLUG_TIMEOUT_S = 10.0
+"""For the guest's kernel to take its part."""
 _STOP_TIMEOUT_S = 10.0
 _LAST_WORDS_TIMEOUT_S = 2.0
 """How long after the process is gone its streams may take to end."""
@@ -106,7 +111,10 @@ class QemuHypervisor:
         self._stderr: OutputReader | None = None
         self._began = asyncio.Event()
         self._is_started = False
+        self._has_resumed = False
         self._is_stopping = False
+        self._plugged: dict[str, int] = {}
+        """Disks that came while it runs, and their places."""
         self._exit: VmExit | None = None
 
     @property
@@ -143,13 +151,47 @@ class QemuHypervisor:
             raise InvalidArgumentError(message)
         self._folders.append(folder)
 
-    def add_disk(self, disk: BlockDevice) -> GuestDisk:
-        """Give the guest a virtio-blk device, found by its PCI path. Before ``start``."""
-        self._refuse_if_started("add a disk to")
+    async def add_disk(self, disk: BlockDevice) -> GuestDisk:
+        """Give the guest a virtio-blk device, found by its PCI path."""
         check_serial(disk.id)
+        if self._is_running:
+            return await self._plug(disk)
+        self._refuse_if_started("add a disk to")
         pci_path = disk_pci_path(len(self._disks))
         self._disks.append(disk)
         return GuestDisk(driver="blk", source=pci_path)
+
+    async def _plug(self, disk: BlockDevice) -> GuestDisk:
+        used = self._plugged.values()
+        index = next(index for index in itertools.count() if index not in used)
+        backend, device = plugged_disk(disk, index)
+        self._plugged[disk.id] = index
+        try:
+            await self._monitor.execute("blockdev-add", backend, timeout_s=_COMMAND_TIMEOUT_S)
+            await self._monitor.execute("device_add", device, timeout_s=_COMMAND_TIMEOUT_S)
+        except BaseException:
+            with contextlib.suppress(KataError):
+                await self.remove_disk(disk.id)
+            raise
+        return GuestDisk(driver="blk", source=plugged_pci_path(index))
+
+    async def remove_disk(self, disk_id: str) -> None:
+        """Have the guest let a device go, then close what is behind it."""
+        if disk_id not in self._plugged or not self._is_running:
+            return
+        try:
+            await self._monitor.remove_device(disk_id, timeout_s=_UNPLUG_TIMEOUT_S)
+        finally:
+            # Refused as long as the device is there.
+            await self._monitor.execute(
+                "blockdev-del", {"node-name": disk_id}, timeout_s=_COMMAND_TIMEOUT_S
+            )
+            del self._plugged[disk_id]
+
+    @property
+    def _is_running(self) -> bool:
+        is_over = self._exit is not None or self._is_stopping
+        return self._has_resumed and not is_over
 
     def add_network(self, device: NetworkDevice) -> str:
         """Give the guest a virtio-net device, found by its PCI path. Before ``start``."""
@@ -175,6 +217,7 @@ class QemuHypervisor:
         try:
             await self._launch()
             await self._monitor.execute("cont", timeout_s=_COMMAND_TIMEOUT_S)
+            self._has_resumed = True
         except VmmError as error:
             await self._end_failed_start()
             raise self._with_last_words(error) from error

@@ -14,13 +14,17 @@ from pathlib import Path
 from kata_hybrid.errors import InvalidArgumentError, ResourceExhaustedError
 from kata_hybrid.hypervisor.base import MachineConfig, check_serial
 from kata_hybrid.hypervisor.vsock import KernelVsock, UserVsock
-from kata_hybrid.types import BlockDevice, NetworkDevice, VhostUserFs
+from kata_hybrid.types import BlockDevice, JsonObject, NetworkDevice, VhostUserFs
 
 MEMORY_ID = "guest-memory"
 _VIRTIO_FS_QUEUE_SIZE = 1024
 _SLOT_RNG = 0x01
 _SLOT_VSOCK = 0x02
-_FOLDER_SLOTS = range(0x03, 0x08)
+_FOLDER_SLOTS = range(0x03, 0x07)
+_SLOT_BRIDGE = 0x07
+"""Behind it devices come and go: those of the root are there for good."""
+_BRIDGE_SLOTS = range(0x01, 0x20)
+_BRIDGE = "plug"
 _DISK_SLOTS = range(0x08, 0x17)
 _NETWORK_SLOTS = range(0x17, 0x1F)
 """0x1f is the chipset's ISA bridge."""
@@ -94,6 +98,48 @@ def network_pci_path(index: int) -> str:
     return f"{_slot(_NETWORK_SLOTS, index, what='network card'):02x}"
 
 
+def plugged_pci_path(index: int) -> str:
+    """Return the PCI path of disk ``index`` of those that come while the machine runs.
+
+    Raises:
+        ResourceExhaustedError: there is no slot left.
+    """
+    return f"{_SLOT_BRIDGE:02x}/{_slot(_BRIDGE_SLOTS, index, what='disk'):02x}"
+
+
+def plugged_disk(disk: BlockDevice, index: int) -> tuple[JsonObject, JsonObject]:
+    """Lay out the arguments of ``blockdev-add`` and ``device_add`` for disk ``index`` of those.
+
+    Both get the disk's id as a name, by which ``device_del`` and ``blockdev-del`` know it.
+
+    Raises:
+        ResourceExhaustedError: there is no slot left.
+        InvalidArgumentError: its id is no serial.
+    """
+    check_serial(disk.id)
+    backend: JsonObject = {
+        "driver": "raw",
+        "node-name": disk.id,
+        "read-only": disk.is_read_only,
+        "file": {
+            "driver": "host_device" if disk.path.is_block_device() else "file",
+            "filename": os.fspath(disk.path),
+            "locking": "off" if disk.is_read_only else "auto",
+        },
+    }
+    device: JsonObject = {
+        "driver": "virtio-blk-pci",
+        "id": disk.id,
+        "drive": disk.id,
+        "serial": disk.id,
+        "bus": _BRIDGE,
+        "addr": f"{_slot(_BRIDGE_SLOTS, index, what='disk'):#x}",
+        "disable-legacy": "on",
+        **({"share-rw": True} if disk.is_read_only else {}),
+    }
+    return backend, device
+
+
 def _slot(slots: range, index: int, *, what: str) -> int:
     if index >= len(slots):
         msg = f"a machine has at most {len(slots)} {what}s"
@@ -124,6 +170,7 @@ def build_command(qemu: QemuMachine) -> tuple[str, ...]:
         *_console(qemu.console_fd),
         *_rng(qemu.entropy_source),
         *_vsock(qemu.vsock),
+        *_bridge(),
         *(word for index, folder in enumerate(qemu.folders) for word in _folder(folder, index)),
         *(word for index, disk in enumerate(qemu.disks) for word in _disk(disk, index)),
         *(word for index, card in enumerate(qemu.networks) for word in _network(card, index)),
@@ -217,6 +264,12 @@ def _vsock(vsock: KernelVsock | UserVsock) -> tuple[str, ...]:
                 *("-chardev", option("socket", id="vsock", path=vsock.socket_path)),
                 *("-device", option("vhost-user-vsock-pci", chardev="vsock", addr=addr)),
             )
+
+
+def _bridge() -> tuple[str, ...]:
+    # By ACPI alone, which takes devices away without waiting for a person at a button. Its name
+    # of a property has the underscore that option() makes a dash of.
+    return ("-device", f"pci-bridge,id={_BRIDGE},chassis_nr=1,shpc=off,addr={_SLOT_BRIDGE:#x}")
 
 
 def _folder(folder: VhostUserFs, index: int) -> tuple[str, ...]:

@@ -68,15 +68,41 @@ class Monitor:
         self._client.logger.setLevel(logging.CRITICAL)
         self._client.register_listener(
             EventListener(
-                names=("SHUTDOWN", "GUEST_PANICKED", "GUEST_CRASHLOADED"),
+                names=("SHUTDOWN", "GUEST_PANICKED", "GUEST_CRASHLOADED", "DEVICE_DELETED"),
                 event_filter=self._take_event,
             )
         )
         self._is_connected = False
+        self._leaving: dict[str, asyncio.Future[None]] = {}
 
     def _take_event(self, event: Message) -> bool:
+        if event.get("event") == "DEVICE_DELETED":
+            data = event.get("data")
+            device = data.get("device") if isinstance(data, dict) else None
+            gone = self._leaving.get(str(device))
+            if gone is not None and not gone.done():
+                gone.set_result(None)
+            return False
         self._causes.note(event)
         return False
+
+    async def remove_device(self, device_id: str, *, timeout_s: float) -> None:
+        """Ask the guest to let a device go, and wait until it has.
+
+        Raises:
+            VmmError: it does not in time, there is none, or QEMU is gone.
+        """
+        gone = asyncio.get_running_loop().create_future()
+        self._leaving[device_id] = gone
+        try:
+            await self.execute("device_del", {"id": device_id}, timeout_s=timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await gone
+        except TimeoutError as error:
+            msg = f"qemu device_del {device_id}"
+            raise VmmError(msg, f"the guest has not let it go in {timeout_s:g} s") from error
+        finally:
+            del self._leaving[device_id]
 
     async def connect(self, endpoint: socket.socket, *, timeout_s: float) -> None:
         """Greet and negotiate. Takes over ``endpoint``.

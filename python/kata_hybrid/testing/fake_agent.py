@@ -27,6 +27,7 @@ from kata_hybrid.types import (
     CpuStats,
     ExecId,
     GuestDetails,
+    GuestDevice,
     GuestNetwork,
     GuestStorage,
     JsonObject,
@@ -196,10 +197,11 @@ class FakeAgent:
         *,
         spec: JsonObject,
         storages: tuple[GuestStorage, ...],
+        devices: tuple[GuestDevice, ...] = (),
         has_sandbox_pidns: bool,
     ) -> None:
         """Create a container."""
-        del spec, storages, has_sandbox_pidns
+        del spec, storages, devices, has_sandbox_pidns
         await self._enter("create_container")
         if (container_id, None) in self.processes:
             message = f"container {container_id} exists"

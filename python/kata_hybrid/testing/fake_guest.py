@@ -5,19 +5,19 @@ import os
 from pathlib import Path
 
 from kata_hybrid.agent.streams import HostStreams
+from kata_hybrid.resource.disks import Disks
 from kata_hybrid.resource.share_fs.base import SharedFolder
-from kata_hybrid.resource.volume.bind import BindVolumes
 from kata_hybrid.runtimes.base import CreateRequest
 from kata_hybrid.runtimes.oci.hooks import Hooks
 from kata_hybrid.runtimes.oci.spec import Spec
 from kata_hybrid.runtimes.virt.container import Container
 from kata_hybrid.runtimes.virt.guest import Guest, Record
+from kata_hybrid.runtimes.virt.volumes import Volumes
 from kata_hybrid.testing.fake_agent import FakeAgent
+from kata_hybrid.testing.fake_hypervisor import FakeHypervisor
 from kata_hybrid.types import (
-    BlockDevice,
     ContainerId,
     GuestDetails,
-    GuestDisk,
     GuestStorage,
     JsonObject,
     SandboxId,
@@ -34,7 +34,8 @@ class FakeGuest:
         self.folder = SharedFolder(host_path=folder)
         self.task_pid = 0
         self.awaits_links = False
-        self.can_add_disk = True
+        self.machine = FakeHypervisor(run_dir=folder)
+        self.disks = Disks(self.machine)
         self.is_seccomp_disabled = False
         self.details = GuestDetails(
             agent_version="fake",
@@ -45,10 +46,6 @@ class FakeGuest:
         )
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    def add_disk(self, disk: BlockDevice) -> GuestDisk:
-        """Name the disk."""
-        return GuestDisk(driver="fake", source=disk.id)
-
     async def start(
         self,
         *,
@@ -57,6 +54,7 @@ class FakeGuest:
         record: Record,
     ) -> None:
         """Be up once the agent answers."""
+        await self.machine.start()
         await self.agent.create_sandbox(
             SandboxId("fake"),
             hostname=hostname,
@@ -84,6 +82,7 @@ class FakeGuest:
     async def stop(self) -> None:
         """Go away. Idempotent."""
         self.lose("stopped")
+        await self.machine.stop()
 
 
 class FakeRootfs:
@@ -103,25 +102,29 @@ class FakeHooks:
         """Nothing was asked for yet."""
         self.failure: Exception | None = None
         """What the creation's end with."""
+        self.gates: dict[str, asyncio.Event] = {}
+        """What each point waits for."""
         self.ran: list[tuple[str, JsonObject]] = []
 
     async def create(self, hooks: Hooks, state: JsonObject) -> None:
         """Remember."""
-        self._remember("create", hooks, state)
+        await self._remember("create", hooks, state)
         if self.failure is not None:
             raise self.failure
 
     async def started(self, hooks: Hooks, state: JsonObject) -> None:
         """Remember."""
-        self._remember("start", hooks, state)
+        await self._remember("start", hooks, state)
 
     async def deleted(self, hooks: Hooks, state: JsonObject) -> None:
         """Remember."""
-        self._remember("delete", hooks, state)
+        await self._remember("delete", hooks, state)
 
-    def _remember(self, point: str, hooks: Hooks, state: JsonObject) -> None:
+    async def _remember(self, point: str, hooks: Hooks, state: JsonObject) -> None:
         if hooks:
             self.ran.append((point, state))
+            if point in self.gates:
+                await self.gates[point].wait()
 
 
 class FakeStreams:
@@ -136,7 +139,8 @@ class FakeStreams:
         """Nothing is held."""
 
 
-def prepare_nothing(request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:
+async def prepare_nothing(request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:
     """Prepare a container without touching the host."""
-    volumes = BindVolumes(guest.folder, name=request.container_id)
+    name = request.container_id
+    volumes = Volumes(folder=guest.folder, disks=guest.disks, bundle=request.bundle, name=name)
     return Container(request, spec, rootfs=FakeRootfs(), volumes=volumes)

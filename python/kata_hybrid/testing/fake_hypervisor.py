@@ -28,6 +28,8 @@ class FakeHypervisor:
         self._failure = failure
         self._console: list[str] = []
         self._is_started = False
+        self._disk_count = 0
+        self._plugged: set[str] = set()
         self._end: asyncio.Future[VmExit] = asyncio.get_running_loop().create_future()
 
     # --- what a test does to the guest ----------------------------------------------------------
@@ -68,12 +70,22 @@ class FakeHypervisor:
         self._refuse_if_started("add a shared folder to")
         self.folders.append(folder)
 
-    def add_disk(self, disk: BlockDevice) -> GuestDisk:
+    async def add_disk(self, disk: BlockDevice) -> GuestDisk:
         """Take a disk and number it."""
-        self._refuse_if_started("add a disk to")
+        if self._end.done():
+            raise InvalidStateError("fake machine", state="exited", request="add a disk to")
         check_serial(disk.id)
         self.disks.append(disk)
-        return GuestDisk(driver="fake", source=str(len(self.disks)))
+        self._disk_count += 1
+        if self._is_started:
+            self._plugged.add(disk.id)
+        return GuestDisk(driver="fake", source=str(self._disk_count))
+
+    async def remove_disk(self, disk_id: str) -> None:
+        """Forget a disk that came while it ran."""
+        if disk_id in self._plugged and not self._end.done():
+            self._plugged.discard(disk_id)
+            self.disks = [disk for disk in self.disks if disk.id != disk_id]
 
     def add_network(self, device: NetworkDevice) -> str:
         """Take a network card."""

@@ -93,13 +93,13 @@ async def test_it_is_this_process_and_no_other(run_dir: Path) -> None:
 async def test_the_agent_finds_disks_by_their_nodes(run_dir: Path) -> None:
     machine = make(run_dir)
     disks = [
-        machine.add_disk(BlockDevice(id=f"d{index}", path=run_dir / "x", is_read_only=True))
+        await machine.add_disk(BlockDevice(id=f"d{index}", path=run_dir / "x", is_read_only=True))
         for index in range(11)
     ]
     assert {disk.driver for disk in disks} == {"mmioblk"}
     assert [disk.source for disk in disks[:2]] == ["/dev/vda", "/dev/vdb"]
     with pytest.raises(ResourceExhaustedError, match="at most 11 disks"):
-        machine.add_disk(BlockDevice(id="d12", path=run_dir / "x", is_read_only=True))
+        await machine.add_disk(BlockDevice(id="d12", path=run_dir / "x", is_read_only=True))
 
 
 @on_loop
@@ -232,7 +232,7 @@ async def test_a_number_nothing_can_be_made_of_is_an_argument(run_dir: Path) -> 
 @on_loop
 async def test_a_disk_that_is_not_there_is_named(run_dir: Path) -> None:
     machine = make(run_dir)
-    machine.add_disk(BlockDevice(id="root", path=run_dir / "absent", is_read_only=False))
+    await machine.add_disk(BlockDevice(id="root", path=run_dir / "absent", is_read_only=False))
     with pytest.raises(VmmError, match=r"disk root: open disk .*absent"):
         await machine.start()
     assert not (run_dir / "agent.sock").exists()
@@ -250,7 +250,7 @@ async def test_every_device_is_taken_and_a_stale_socket_replaced(run_dir: Path) 
         reclaims_freed_memory=True,
     )
     machine = make(run_dir, settings=settings)
-    machine.add_disk(BlockDevice(id="root", path=run_dir / "image", is_read_only=True))
+    await machine.add_disk(BlockDevice(id="root", path=run_dir / "image", is_read_only=True))
     machine.add_shared_folder(HostFolder(tag="t", path=run_dir))
     async with asyncio.timeout(DEADLINE_S):
         await machine.start()

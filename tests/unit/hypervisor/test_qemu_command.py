@@ -15,6 +15,8 @@ from kata_hybrid.hypervisor.qemu_command import (
     disk_pci_path,
     network_pci_path,
     option,
+    plugged_disk,
+    plugged_pci_path,
 )
 from kata_hybrid.hypervisor.vsock import KernelVsock, UserVsock
 from kata_hybrid.types import BlockDevice, NetworkDevice, VhostUserFs
@@ -159,7 +161,7 @@ def test_every_device_has_a_slot_of_its_own() -> None:
         replace(
             MACHINE,
             folders=tuple(
-                VhostUserFs(tag=f"t{index}", socket_path=Path(f"/s{index}")) for index in range(5)
+                VhostUserFs(tag=f"t{index}", socket_path=Path(f"/s{index}")) for index in range(4)
             ),
             disks=tuple(
                 BlockDevice(id=f"d{index}", path=Path(f"/d{index}"), is_read_only=True)
@@ -229,3 +231,21 @@ def test_a_read_only_disk_is_read_only_for_qemu() -> None:
 def test_a_serial_that_virtio_blk_cannot_hold_is_refused(disk_id: str) -> None:
     with pytest.raises(InvalidArgumentError):
         check_serial(disk_id)
+
+
+def test_a_disk_that_comes_later_is_behind_the_bridge_and_named_by_its_id() -> None:
+    disk = BlockDevice(id="disk-7", path=Path("/d,7"), is_read_only=True)
+    backend, device = plugged_disk(disk, 4)
+    assert backend == {
+        "driver": "raw",
+        "node-name": "disk-7",
+        "read-only": True,
+        "file": {"driver": "file", "filename": "/d,7", "locking": "off"},
+    }
+    assert (device["id"], device["drive"], device["serial"]) == ("disk-7",) * 3
+    assert (device["bus"], device["addr"], plugged_pci_path(4)) == ("plug", "0x5", "07/05")
+    assert "share-rw" not in plugged_disk(replace(disk, is_read_only=False), 0)[1]
+    bridges = [word for word in values(build_command(MACHINE), "-device") if "bridge" in word]
+    assert bridges == ["pci-bridge,id=plug,chassis_nr=1,shpc=off,addr=0x7"]
+    with pytest.raises(ResourceExhaustedError):
+        plugged_disk(disk, 31)

@@ -344,8 +344,8 @@ async def test_resize_and_close_io_are_taken(tmp_path: Path) -> None:
         await world.call("ResizePty", task_pb2.ResizePtyRequest(id=C1, height=30, width=120))
         await world.call("CloseIO", task_pb2.CloseIORequest(id=C1, stdin=True))
         assert asked[-1] == "resize_terminal"
-        assert world.sandbox._container(C1).process.is_stdin_closed
-        assert world.sandbox._container(C1).process.window == (30, 120)
+        assert world.sandbox._containers.find(C1).process.is_stdin_closed
+        assert world.sandbox._containers.find(C1).process.window == (30, 120)
 
 
 @on_loop
@@ -353,7 +353,7 @@ async def test_close_io_of_nothing_closes_nothing(tmp_path: Path) -> None:
     async with World(tmp_path) as world:
         await world.run()
         await world.call("CloseIO", task_pb2.CloseIORequest(id=C1, stdin=False))
-        assert not world.sandbox._container(C1).process.is_stdin_closed
+        assert not world.sandbox._containers.find(C1).process.is_stdin_closed
 
 
 @on_loop

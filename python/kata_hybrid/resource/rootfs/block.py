@@ -1,15 +1,13 @@
 """A root file system on a block device or image file, given to the guest as a disk.
 
-Only before the machine runs (no hot-plug yet): a later container's device is mounted on the host
-and shared instead; an image file is refused then. As a disk the host never mounts it, so nothing on
-the host parses what a container wrote.
+As a disk the host never mounts it, so nothing on the host parses what a container wrote.
 """
 
 import stat
 from pathlib import Path
 from typing import Final
 
-from kata_hybrid.types import BlockDevice, GuestDisk, GuestStorage, Mount
+from kata_hybrid.types import GuestDisk, GuestStorage, Mount
 
 _FILE_SYSTEMS: Final = frozenset({"ext4", "xfs", "erofs", "ext3", "btrfs", "squashfs"})
 # Consumed here, or about how the host would have attached the file.
@@ -30,25 +28,18 @@ def is_block_rootfs(mounts: tuple[Mount, ...]) -> bool:
 class BlockRootfs:
     """Implements :class:`~kata_hybrid.resource.rootfs.base.Rootfs`."""
 
-    def __init__(self, entry: Mount, *, name: str, serial: str) -> None:
-        """Describe the disk; the caller gives it to the machine and calls :meth:`attached`."""
+    def __init__(self, entry: Mount, *, name: str, disk: GuestDisk) -> None:
+        """Describe a file system on a disk that the guest has; whoever attached it detaches it."""
         self.guest_path = f"/run/kata-containers/shared/containers/passthrough/{name}/rootfs"
-        self.disk = BlockDevice(
-            id=serial, path=Path(entry.source), is_read_only="ro" in entry.options
-        )
-        self._entry = entry
-        self.storages: tuple[GuestStorage, ...] = ()
-
-    def attached(self, disk: GuestDisk) -> None:
-        """Note where the guest finds the disk."""
-        options = [option for option in self._entry.options if option not in _HOST_OPTIONS]
-        if self._entry.type == "xfs":
+        options = [option for option in entry.options if option not in _HOST_OPTIONS]
+        if entry.type == "xfs":
+            # A copy of a snapshot has the original's identity.
             options.append("nouuid")
         self.storages = (
             GuestStorage(
                 driver=disk.driver,
                 source=disk.source,
-                fstype=self._entry.type,
+                fstype=entry.type,
                 options=tuple(options),
                 mount_point=self.guest_path,
             ),

@@ -6,6 +6,7 @@ pinning, host hooks) is left out. Follows what Kata's runtimes send, so either a
 
 from typing import Final
 
+from kata_hybrid.runtimes.oci.devices import guest_devices
 from kata_hybrid.runtimes.oci.kind import container_kind
 from kata_hybrid.runtimes.oci.spec import Spec, SpecMount
 from kata_hybrid.runtimes.oci.values import as_list, as_object
@@ -53,7 +54,12 @@ def guest_spec(
     if is_seccomp_disabled:
         linux.pop("seccomp", None)
     linux["namespaces"] = _guest_namespaces(linux.get("namespaces") or [])
-    linux["resources"] = guest_resources(linux.get("resources") or {})
+    devices, rules = guest_devices(linux, spec.block_nodes)
+    if "devices" in linux:
+        linux["devices"] = devices
+    linux["resources"] = resources = guest_resources(linux.get("resources") or {})
+    if rules:
+        resources["devices"] = rules
     return guest
 
 

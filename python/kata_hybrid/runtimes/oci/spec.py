@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from kata_hybrid.errors import InvalidSpecError
+from kata_hybrid.runtimes.oci.devices import BlockNode, parse_block_nodes
 from kata_hybrid.runtimes.oci.hooks import Hooks, parse_hooks
 from kata_hybrid.runtimes.oci.values import as_flag, as_list, as_object, as_text
 from kata_hybrid.types import JsonObject
@@ -65,6 +66,8 @@ class Spec:
     """``linux.cgroupsPath``; empty for none."""
     hooks: Hooks
     """Those that run on the host."""
+    block_nodes: tuple[BlockNode, ...]
+    """Block devices that the container is to have."""
 
     def state(self, *, container_id: str, bundle: Path, status: str, pid: int) -> JsonObject:
         """Describe its container as hooks are told (runtime-spec, runtime.md "State")."""
@@ -139,6 +142,7 @@ def parse(data: bytes) -> Spec:
         namespaces=_namespaces(linux.get("namespaces") or []),
         cgroups_path=as_text(linux.get("cgroupsPath") or "", "linux.cgroupsPath"),
         hooks=parse_hooks(document.get("hooks")),
+        block_nodes=parse_block_nodes(linux),
     )
 
 

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Protocol
 
 from kata_hybrid.agent.base import Agent
-from kata_hybrid.errors import KataError, ProcessNotFoundError, UnimplementedError
+from kata_hybrid.errors import KataError, ProcessNotFoundError
 from kata_hybrid.resource.rootfs.base import Rootfs
 from kata_hybrid.resource.rootfs.block import BlockRootfs, is_block_rootfs
 from kata_hybrid.resource.rootfs.shared import SharedRootfs
-from kata_hybrid.resource.volume.bind import BindVolumes
-from kata_hybrid.resource.volume.ephemeral import ephemeral_storage
 from kata_hybrid.runtimes.base import CreateRequest
 from kata_hybrid.runtimes.oci.rewrite import guest_spec
-from kata_hybrid.runtimes.oci.spec import Spec, SpecMount
+from kata_hybrid.runtimes.oci.spec import Spec
 from kata_hybrid.runtimes.virt.guest import Guest
 from kata_hybrid.runtimes.virt.process import Process
-from kata_hybrid.types import ContainerId, ExecId, GuestStorage, JsonObject
+from kata_hybrid.runtimes.virt.volumes import Volumes
+from kata_hybrid.types import ContainerId, ExecId, JsonObject
 
 _REMOVE_TIMEOUT_S = 10
 
@@ -30,7 +29,7 @@ class Container:
     """A container of the sandbox."""
 
     def __init__(
-        self, request: CreateRequest, spec: Spec, *, rootfs: Rootfs, volumes: BindVolumes
+        self, request: CreateRequest, spec: Spec, *, rootfs: Rootfs, volumes: Volumes
     ) -> None:
         """Hold what :func:`prepare` acquired."""
         self.id: ContainerId = request.container_id
@@ -43,7 +42,6 @@ class Container:
         self.spec = spec
         self._rootfs = rootfs
         self._volumes = volumes
-        self._storages: list[GuestStorage] = []
         self._is_in_guest = False
 
     def find(self, exec_id: ExecId | None) -> Process:
@@ -66,11 +64,13 @@ class Container:
         Raises:
             KataError: whatever the agent answered.
         """
-        mounts = tuple(self._guest_mount(mount) for mount in self.spec.mounts)
+        mounts = [await self._volumes.add_mount(mount) for mount in self.spec.mounts]
+        for node in self.spec.block_nodes:
+            await self._volumes.add_device(node)
         spec = guest_spec(
             self.spec,
             root_path=self._rootfs.guest_path,
-            mounts=mounts,
+            mounts=tuple(mounts),
             bundle=str(self.request.bundle),
             is_seccomp_disabled=is_seccomp_disabled,
         )
@@ -78,25 +78,9 @@ class Container:
         await agent.create_container(
             self.id,
             spec=spec,
-            storages=(*self._rootfs.storages, *self._storages),
+            storages=(*self._rootfs.storages, *self._volumes.storages),
+            devices=tuple(self._volumes.devices),
             has_sandbox_pidns=bool(self.spec.namespaces.get("pid")),
-        )
-
-    def _guest_mount(self, mount: SpecMount) -> SpecMount:
-        if not mount.is_bind:
-            return mount
-        # A relative source is relative to the bundle (config.md, "Mounts"); an empty one stays so.
-        path = str(self.request.bundle / mount.source) if mount.source else ""
-        storage = ephemeral_storage(path)
-        if storage is not None:
-            self._storages.append(storage)
-            source = storage.mount_point
-        else:
-            source = self._volumes.add(
-                path, destination=mount.destination, is_read_only=mount.is_read_only
-            )
-        return SpecMount(
-            destination=mount.destination, type="bind", source=source, options=mount.options
         )
 
     def state(self, status: str, *, pid: int) -> JsonObject:
@@ -106,11 +90,15 @@ class Container:
         )
 
     async def remove(self, agent: Agent) -> None:
-        """Remove it from the guest, if it got that far; a guest that is gone is no error."""
+        """Remove it from the guest, if it got that far; a guest that is gone is no error.
+
+        Its disks go after it.
+        """
         if self._is_in_guest:
             self._is_in_guest = False
             with contextlib.suppress(KataError):
                 await agent.remove_container(self.id, timeout_s=_REMOVE_TIMEOUT_S)
+        await self._volumes.detach()
 
     def release(self) -> None:
         """Give back what it holds on the host. Idempotent."""
@@ -123,35 +111,25 @@ class Container:
 class Preparer(Protocol):
     """Acquires what a container needs on the host; :func:`prepare` is the real one."""
 
-    def __call__(self, request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:
+    async def __call__(self, request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:
         """Return the container, not yet in the guest."""
 
 
-def prepare(request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:
+async def prepare(request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:
     """Acquire a container's root file system on the host.
 
     Raises:
         KataError: it is not there or the kernel refused; nothing is left.
     """
-    rootfs = _rootfs(request, spec, guest=guest)
-    volumes = BindVolumes(guest.folder, name=request.container_id)
+    name = request.container_id
+    volumes = Volumes(folder=guest.folder, disks=guest.disks, bundle=request.bundle, name=name)
+    if is_block_rootfs(request.rootfs):
+        (entry,) = request.rootfs
+        disk = await volumes.attach(Path(entry.source), is_read_only="ro" in entry.options)
+        rootfs: Rootfs = BlockRootfs(entry, name=name, disk=disk)
+    else:
+        root_path = Path(spec.root_path)
+        if not root_path.is_absolute():
+            root_path = request.bundle / root_path
+        rootfs = SharedRootfs(guest.folder, name=name, mounts=request.rootfs, root_path=root_path)
     return Container(request, spec, rootfs=rootfs, volumes=volumes)
-
-
-def _rootfs(request: CreateRequest, spec: Spec, *, guest: Guest) -> Rootfs:
-    is_block = is_block_rootfs(request.rootfs)
-    if is_block and not guest.can_add_disk and "loop" in request.rootfs[0].options:
-        message = (
-            f"root file system {request.rootfs[0].source}: an image file can only be attached "
-        )
-        raise UnimplementedError(f"{message}for the first container of a sandbox (no hot-plug yet)")
-    if is_block and guest.can_add_disk:
-        block = BlockRootfs(request.rootfs[0], name=request.container_id, serial="rootfs")
-        block.attached(guest.add_disk(block.disk))
-        return block
-    root_path = Path(spec.root_path)
-    if not root_path.is_absolute():
-        root_path = request.bundle / root_path
-    return SharedRootfs(
-        guest.folder, name=request.container_id, mounts=request.rootfs, root_path=root_path
-    )

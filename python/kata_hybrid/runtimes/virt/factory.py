@@ -47,6 +47,7 @@ RUNTIME_NAME: Final = "virt_container"
 SHARED_FOLDER: Final = "shared"
 _DOCKER: Final = "moby"
 """The namespace of containerd's that dockerd uses: it moves links in between create and start."""
+_LINK_HOOK: Final = "libnetwork-setkey"
 
 
 class VirtGuestFactory:
@@ -70,6 +71,7 @@ class VirtGuestFactory:
         self._run_dir = run_dir
         self._config_path = config_path
         self._reaper = reaper
+        self._own: OwnNamespace | None = None
 
     async def __call__(self, request: CreateRequest, spec: Spec) -> VirtGuest:
         """Make the guest; nothing of it runs yet.
@@ -115,9 +117,7 @@ class VirtGuestFactory:
             _log.warning("no network namespace: the guest has its loopback only")
         is_own = namespace == ""
         if is_own:
-            own = OwnNamespace()
-            self._reaper.spawn_within(own.outside)
-            namespace = str(own.path)
+            namespace = str(self._own_namespace().path)
         _log.info("hypervisor", extra={"hypervisor": selection.name, "reason": selection.reason})
         shared = self._run_dir / SHARED_FOLDER
         shared.mkdir(mode=0o700, exist_ok=True)
@@ -147,12 +147,19 @@ class VirtGuestFactory:
             ),
             task_pid=os.getpid() if is_own else None,
             # Older ones make the links by a hook.
-            awaits_links=is_own and self._is_dockers and not spec.hooks,
+            awaits_links=is_own and self._is_dockers and not _has_link_hook(spec),
             agent=AgentClient(io, events, timeout_s=config.agent.request_timeout_s),
             config=config.agent,
             is_seccomp_disabled=config.runtime.disable_guest_seccomp,
             resources=resources,
         )
+
+    def _own_namespace(self) -> OwnNamespace:
+        """Return the one of this process, which outlives a guest that could not be made."""
+        if self._own is None:
+            self._own = OwnNamespace()
+            self._reaper.spawn_from(self._own.outside)
+        return self._own
 
     def _share(self, config: Config, selection: Selection, folder: SharedFolder) -> ShareFs:
         match selection.choice:
@@ -165,3 +172,8 @@ class VirtGuestFactory:
                     settings=virtiofsd_settings(config.qemu, found),
                     reaper=self._reaper,
                 )
+
+
+def _has_link_hook(spec: Spec) -> bool:
+    """Docker makes the links by a hook of the creation, until version 26."""
+    return any(_LINK_HOOK in hook.args for hook in spec.hooks.get("prestart", ()))

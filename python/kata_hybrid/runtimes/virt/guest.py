@@ -22,12 +22,11 @@ from kata_hybrid.config.model import FORWARD_PORT, AgentConfig
 from kata_hybrid.errors import KataError, VmExitedError, VmmError
 from kata_hybrid.hypervisor.base import Hypervisor
 from kata_hybrid.resource.cgroup import SandboxCgroup
+from kata_hybrid.resource.disks import Disks
 from kata_hybrid.resource.network.base import Network
 from kata_hybrid.resource.share_fs.base import SharedFolder, ShareFs
 from kata_hybrid.types import (
-    BlockDevice,
     GuestDetails,
-    GuestDisk,
     GuestStorage,
     LinkHooks,
     ProcessIdentity,
@@ -43,6 +42,9 @@ PORT_FORWARD: Final = "port-forward"
 HEALTH_INTERVAL_S: Final = 30.0
 _LAST_WORDS_S: Final = 1.0
 """How much later than its effect the cause of a loss may be known."""
+_START_END_S: Final = 30.0
+"""How long a start that was given up may take to let go: a machine is being made meanwhile."""
+_STOPPED: Final = "the guest was stopped before it was up"
 DEFAULT_SHM_BYTES: Final = 64 << 20
 
 
@@ -79,8 +81,8 @@ class Guest(Protocol):
         """A host pid that stands for the guest's processes, 0 before it is started."""
 
     @property
-    def can_add_disk(self) -> bool:
-        """Disks can be added: not started yet."""
+    def disks(self) -> Disks:
+        """The disks of its machine."""
 
     @property
     def awaits_links(self) -> bool:
@@ -89,9 +91,6 @@ class Guest(Protocol):
     @property
     def is_seccomp_disabled(self) -> bool:
         """Containers run without their seccomp profile."""
-
-    def add_disk(self, disk: BlockDevice) -> GuestDisk:
-        """Add a disk and say how the agent finds it."""
 
     async def start(
         self,
@@ -142,7 +141,7 @@ class VirtGuest:
         self.agent = agent
         self.is_seccomp_disabled = is_seccomp_disabled
         self.awaits_links = awaits_links
-        self.can_add_disk = True
+        self.disks = Disks(hypervisor)
         self.task_pid = task_pid or 0
         self._sandbox_id = sandbox_id
         self._hypervisor = hypervisor
@@ -155,6 +154,7 @@ class VirtGuest:
         self._resources = resources
         self._details: GuestDetails | None = None
         self._supervisor = Supervisor("guest")
+        self._starting: asyncio.Task[None] | None = None
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._ending = Ending(self._stop, name="guest end")
 
@@ -171,10 +171,6 @@ class VirtGuest:
             raise VmExitedError(message)
         return self._details
 
-    def add_disk(self, disk: BlockDevice) -> GuestDisk:
-        """Add a disk before the start."""
-        return self._hypervisor.add_disk(disk)
-
     async def start(
         self,
         *,
@@ -182,28 +178,38 @@ class VirtGuest:
         dns: tuple[str, ...],
         record: Record,
     ) -> None:
-        """Bring it up."""
-        began = time.monotonic()
+        """Bring it up. A stop meanwhile ends it."""
+        if self._ending.has_begun:
+            raise VmExitedError(_STOPPED)
+        self._record = record
+        self._starting = self._supervisor.start(
+            self._bring_up(record, hostname=hostname, dns=dns), name="guest start", is_awaited=True
+        )
         try:
-            self.can_add_disk = False
-            self._record = record
-            await self._acquire(record)
-            await self._share_fs.start()
-            self._hypervisor.add_shared_folder(self._share_fs.device)
-            self._watch(self._share_gone, name="shared folder")
-            await self._start_machine()
-            self.task_pid = self.task_pid or self._hypervisor.task_pid
-            self._watch(self._machine_gone, name="machine")
-            record(processes=(*self._hypervisor.processes, *self._share_fs.processes))
-            _log.info(
-                "machine started",
-                extra={"hypervisor": self._hypervisor.name, "ms": _since_ms(began)},
-            )
-            await self._unless_lost(self._meet_agent(hostname=hostname, dns=dns))
-            _log.info("guest up", extra={"ms": _since_ms(began)})
-        except BaseException:
-            await self.stop()
-            raise
+            await asyncio.wait({self._starting})
+        finally:
+            if not _is_done_well(self._starting):
+                await self.stop()
+        if self._starting.cancelled():
+            raise VmExitedError(_STOPPED)
+        self._starting.result()
+
+    async def _bring_up(self, record: Record, *, hostname: str, dns: tuple[str, ...]) -> None:
+        began = time.monotonic()
+        await self._acquire(record)
+        await self._share_fs.start()
+        self._hypervisor.add_shared_folder(self._share_fs.device)
+        self._watch(self._share_gone, name="shared folder")
+        await self._start_machine()
+        self.task_pid = self.task_pid or self._hypervisor.task_pid
+        self._watch(self._machine_gone, name="machine")
+        record(processes=(*self._hypervisor.processes, *self._share_fs.processes))
+        _log.info(
+            "machine started",
+            extra={"hypervisor": self._hypervisor.name, "ms": _since_ms(began)},
+        )
+        await self._unless_lost(self._meet_agent(hostname=hostname, dns=dns))
+        _log.info("guest up", extra={"ms": _since_ms(began)})
         if PORT_FORWARD in self.details.extra_features:
             self._supervisor.start(self._forward_ports(), name="port forward")
         self._watch(self._agent_gone, name="agent")
@@ -285,7 +291,7 @@ class VirtGuest:
 
     async def _unless_lost(self, work: Coroutine[Any, Any, None]) -> None:
         """Run ``work``, but give up as soon as the guest is gone."""
-        task = self._supervisor.start(work, name="meet agent")
+        task = self._supervisor.start(work, name="meet agent", is_awaited=True)
         either: set[asyncio.Future[Any]] = {task, self._lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -342,9 +348,11 @@ class VirtGuest:
 
     async def _stop(self) -> None:
         steps = (
+            self._end_start,
             self.agent.close,
             self._hypervisor.stop,
             self._hypervisor.cleanup,
+            self.disks.close,
             self._share_fs.stop,
             self._close_network,
             self._supervisor.close,
@@ -362,6 +370,12 @@ class VirtGuest:
         self._resources.close()
         if not self._lost.done():
             self._lost.set_result("stopped")
+
+    async def _end_start(self) -> None:
+        """See a start that is under way end: nothing is acquired any more."""
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait({self._starting}, timeout=_START_END_S)
 
     async def _leave_cgroup(self) -> None:
         if self._record is not None:
@@ -381,6 +395,10 @@ async def _soon(reason: Coroutine[Any, Any, str]) -> str:
         async with asyncio.timeout(_LAST_WORDS_S):
             return await reason
     return ""
+
+
+def _is_done_well(task: asyncio.Task[None]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 def _since_ms(began: float) -> int:

@@ -24,8 +24,6 @@ from kata_hybrid.aio.ending import Ending
 from kata_hybrid.aio.supervisor import Supervisor
 from kata_hybrid.errors import (
     AgentTimeoutError,
-    ContainerExistsError,
-    ContainerNotFoundError,
     ExecExistsError,
     FailedPreconditionError,
     KataError,
@@ -49,6 +47,7 @@ from kata_hybrid.runtimes.oci import spec as oci_spec
 from kata_hybrid.runtimes.oci.hooks import HostHooks
 from kata_hybrid.runtimes.oci.rewrite import guest_resources
 from kata_hybrid.runtimes.virt.container import Container, Preparer, prepare
+from kata_hybrid.runtimes.virt.containers import Containers
 from kata_hybrid.runtimes.virt.exits import KILLED_STATUS, LOST_STATUS, Exits
 from kata_hybrid.runtimes.virt.guest import Guest
 from kata_hybrid.runtimes.virt.process import Process
@@ -82,6 +81,7 @@ class SandboxState(Enum):
     CLOSED = "closed"
 
 
+_NOT_BOOTED: Final = frozenset({SandboxState.EMPTY, SandboxState.WAITING})
 GuestFactory = Callable[[CreateRequest, oci_spec.Spec], Awaitable[Guest]]
 
 
@@ -111,28 +111,20 @@ class VirtSandbox:
         self._supervisor = Supervisor("sandbox")
         self._ending = Ending(self._close, name="sandbox end")
         self._exits = Exits(events, pid=self._task_pid)
+        self._containers = Containers(exits=self._exits, hooks=hooks)
         self._state = SandboxState.EMPTY
         self._guest: Guest | None = None
-        self._containers: dict[ContainerId, Container] = {}
-        self._creating: set[ContainerId] = set()
         self._create_lock = asyncio.Lock()
 
     # --- create -----------------------------------------------------------------------------
 
     async def create(self, request: CreateRequest) -> int:
         """Create a container, and the guest if this is the first."""
-        container_id = request.container_id
-        if container_id in self._containers or container_id in self._creating:
-            message = f"container {container_id} already exists"
-            raise ContainerExistsError(message)
-        spec = oci_spec.load(request.bundle)
-        convert.spec_message(spec.raw)  # names a malformed field before a machine is started
-        self._creating.add(container_id)
-        try:
+        with self._containers.reserve(request.container_id):
+            spec = oci_spec.load(request.bundle)
+            convert.spec_message(spec.raw)  # names a malformed field before a machine is started
             async with self._create_lock:
                 await self._create(request, spec)
-        finally:
-            self._creating.discard(container_id)
         return self._task_pid()
 
     async def _create(self, request: CreateRequest, spec: oci_spec.Spec) -> None:
@@ -145,26 +137,23 @@ class VirtSandbox:
             elif guest is None or self._state is not SandboxState.READY:
                 message = f"sandbox is {self._state.value}: no container can be created in it"
                 raise FailedPreconditionError(message)
-            container = self._prepare(request, spec, guest=guest)
-            undo.callback(container.release)
+            container = await self._prepare(request, spec, guest=guest)
+            undo.callback(self._containers.discard, container)
+            undo.push_async_callback(self._containers.release, container, guest)
             if spec.hooks:
-                undo.push_async_callback(
-                    self._hooks.deleted, spec.hooks, container.state("stopped", pid=0)
-                )
                 # Before the machine: the first container's make the links that it is to have.
                 creating = container.state("creating", pid=self._task_pid() or os.getpid())
                 await self._hooks.create(spec.hooks, creating)
             container.process.streams = await self._streams.open(
                 request.stdio, container_id=container.id
             )
-            undo.push_async_callback(container.remove, guest.agent)
             if self._state is SandboxState.EMPTY and guest.awaits_links:
                 self._state, self._guest = SandboxState.WAITING, guest
             else:
                 await self._bring_in(guest, container)
-            self._store.update(containers=(*self._containers, container.id))
+            self._store.update(containers=(*self._containers.ids, container.id))
             undo.pop_all()
-        self._containers[container.id] = container
+        self._containers.add(container)
         self._events.emit(
             TaskCreated(
                 container_id=container.id,
@@ -179,11 +168,16 @@ class VirtSandbox:
         self._state = SandboxState.BOOTING
         self._guest = guest
         self._store.update()
-        await guest.start(
-            hostname=spec.hostname,
-            dns=spec.name_servers(),
-            record=self._store.update,
-        )
+        try:
+            await guest.start(
+                hostname=spec.hostname,
+                dns=spec.name_servers(),
+                record=self._store.update,
+            )
+        except BaseException:
+            if self._state is SandboxState.BOOTING:
+                self._state = SandboxState.LOST
+            raise
         if self._state is not SandboxState.BOOTING:
             raise UnavailableError(_CLOSED_MEANWHILE)
         self._state = SandboxState.READY
@@ -192,8 +186,9 @@ class VirtSandbox:
 
     async def _bring_in(self, guest: Guest, container: Container) -> None:
         """Create a container in the guest, which is booted if it has not been."""
-        if self._state is not SandboxState.READY:
+        if self._state in _NOT_BOOTED:
             await self._boot(guest, container.spec)
+        self._ready_guest()
         await container.create(guest.agent, is_seccomp_disabled=guest.is_seccomp_disabled)
         if self._state is not SandboxState.READY:
             message = "the guest was lost while the container was created"
@@ -203,7 +198,7 @@ class VirtSandbox:
 
     async def start(self, container_id: ContainerId, exec_id: ExecId | None) -> int:
         """Start a container or an exec."""
-        container = self._container(container_id)
+        container = self._containers.find(container_id)
         process = container.find(exec_id)
         async with process.lock:
             process.request("start")
@@ -267,7 +262,7 @@ class VirtSandbox:
         self, container_id: ContainerId, exec_id: ExecId, *, process: JsonObject, stdio: Stdio
     ) -> None:
         """Register an exec; nothing is opened yet."""
-        container = self._container(container_id)
+        container = self._containers.find(container_id)
         container.process.request("exec")
         if exec_id in container.execs:
             message = f"exec {exec_id} of container {container_id} already exists"
@@ -290,13 +285,13 @@ class VirtSandbox:
         _log.error("guest lost", extra={"reason": reason, "console": guest.console_tail()})
         # First, so that no request goes on waiting for it.
         await guest.stop()
-        await self._exits.end_all(list(self._containers.values()))
+        await self._exits.end_all(self._containers.all)
         with contextlib.suppress(KataError):
             self._store.update(processes=())
 
     async def wait(self, container_id: ContainerId, exec_id: ExecId | None) -> ExitInfo:
         """Wait for a process to end."""
-        return await self._container(container_id).find(exec_id).wait()
+        return await self._containers.find(container_id).find(exec_id).wait()
 
     # --- signals, streams, limits -----------------------------------------------------------
 
@@ -304,7 +299,7 @@ class VirtSandbox:
         self, container_id: ContainerId, exec_id: ExecId | None, *, signal: int, is_all: bool
     ) -> None:
         """Signal a process, or all of a container's."""
-        container = self._container(container_id)
+        container = self._containers.find(container_id)
         process = container.find(exec_id)
         if process.is_stopped:
             message = f"{process} not found: it has already finished"
@@ -314,6 +309,9 @@ class VirtSandbox:
             raise FailedPreconditionError(message)
         if self._state is SandboxState.WAITING and signal in _ENDING_SIGNALS:
             await self._exits.end_all([container], KILLED_STATUS)
+            return
+        if self._state is SandboxState.BOOTING and signal in _ENDING_SIGNALS and self._guest:
+            await self._guest.stop()  # Whoever boots it ends the process.
             return
         guest = self._ready_guest()
         if signal in _ENDING_SIGNALS:
@@ -333,7 +331,7 @@ class VirtSandbox:
 
     async def pause(self, container_id: ContainerId) -> None:
         """Freeze a container."""
-        process = self._container(container_id).process
+        process = self._containers.find(container_id).process
         async with process.lock:
             process.request("pause")
             process.move(TaskStatus.PAUSING)
@@ -349,7 +347,7 @@ class VirtSandbox:
 
     async def resume(self, container_id: ContainerId) -> None:
         """Thaw a container."""
-        process = self._container(container_id).process
+        process = self._containers.find(container_id).process
         async with process.lock:
             process.request("resume")
             await self._ready_guest().agent.resume_container(container_id)
@@ -361,7 +359,7 @@ class VirtSandbox:
         self, container_id: ContainerId, exec_id: ExecId | None, *, rows: int, columns: int
     ) -> None:
         """Set a terminal's size; without a terminal there is nothing to do."""
-        process = self._container(container_id).find(exec_id)
+        process = self._containers.find(container_id).find(exec_id)
         if not process.stdio.terminal or process.is_stopped:
             return
         process.window = (rows, columns)
@@ -372,11 +370,11 @@ class VirtSandbox:
 
     async def close_stdin(self, container_id: ContainerId, exec_id: ExecId | None) -> None:
         """Let stdin end after what was written."""
-        self._container(container_id).find(exec_id).close_stdin()
+        self._containers.find(container_id).find(exec_id).close_stdin()
 
     async def update(self, container_id: ContainerId, *, resources: JsonObject) -> None:
         """Change a container's limits."""
-        process = self._container(container_id).process
+        process = self._containers.find(container_id).process
         process.request("update")
         await self._ready_guest().agent.update_container(
             container_id, resources=guest_resources(resources)
@@ -384,7 +382,7 @@ class VirtSandbox:
 
     async def stats(self, container_id: ContainerId) -> ContainerStats:
         """Read a container's resource use."""
-        process = self._container(container_id).process
+        process = self._containers.find(container_id).process
         if process.is_stopped:
             message = f"{process} has ended: no statistics"
             raise ProcessNotFoundError(message)
@@ -396,12 +394,10 @@ class VirtSandbox:
         self, container_id: ContainerId, exec_id: ExecId | None
     ) -> tuple[int, ExitInfo]:
         """Forget a process that does not run."""
-        container = self._container(container_id)
+        container = self._containers.find(container_id)
         process = container.find(exec_id)
         async with process.lock:
-            if self._containers.get(container_id) is not container:
-                message = f"container {container_id} not found"
-                raise ContainerNotFoundError(message)
+            self._containers.find(container_id)  # Another delete may have held the lock.
             process.request("delete")
             pid = self._task_pid()
             ended = process.exit
@@ -417,25 +413,19 @@ class VirtSandbox:
             else:
                 container.execs.pop(exec_id, None)
                 container.exec_specs.pop(exec_id, None)
+        # Not while the lock is held, for which the end of the sandbox waits.
+        if self.is_empty:
+            await self.close()
         return pid, ended
 
     async def _delete_container(self, container: Container, pid: int, ended: ExitInfo) -> None:
-        if self._guest is not None and self._state is SandboxState.READY:
-            await container.remove(self._guest.agent)
-        await self._exits.end_execs(container)
-        for process in container.execs.values():
-            # Registered and never started: wake who waits for it.
-            process.end(KILLED_STATUS)
-        container.release()
-        await self._hooks.deleted(container.spec.hooks, container.state("stopped", pid=0))
-        self._containers.pop(container.id, None)
+        await self._containers.release(container, self._guest)
+        self._containers.discard(container)
         with contextlib.suppress(KataError):
             # A full disk must not keep a container from being deleted; the old record errs on
             # the side of naming too much.
-            self._store.update(containers=tuple(self._containers))
+            self._store.update(containers=self._containers.ids)
         self._events.emit(TaskDeleted(container_id=container.id, pid=pid, exit=ended))
-        if self.is_empty:
-            await self.close()
 
     async def close(self) -> None:
         """End the guest and release everything. Idempotent."""
@@ -445,14 +435,13 @@ class VirtSandbox:
         await self._ending()
 
     async def _close(self) -> None:
-        await self._exits.end_all(list(self._containers.values()))
+        await self._exits.end_all(self._containers.all)
         await self._exits.close()
         await self._supervisor.close()
         if self._guest is not None:
             await self._guest.stop()
-        for container in self._containers.values():
-            container.release()
-            await self._hooks.deleted(container.spec.hooks, container.state("stopped", pid=0))
+        for container in self._containers.all:
+            await self._containers.release(container, self._guest)
         await self._streams.close()
         with contextlib.suppress(KataError):
             self._store.update(processes=(), containers=())
@@ -461,22 +450,21 @@ class VirtSandbox:
 
     def state(self, container_id: ContainerId, exec_id: ExecId | None) -> ProcessState:
         """Describe a process."""
-        container = self._container(container_id)
+        container = self._containers.find(container_id)
         return container.find(exec_id).describe(pid=self._task_pid())
 
     def execs(self, container_id: ContainerId) -> tuple[ExecId, ...]:
         """List the execs of a container."""
-        return tuple(self._container(container_id).execs)
+        return tuple(self._containers.find(container_id).execs)
 
     def task_pid(self, container_id: ContainerId) -> int:
         """Return the pid that stands for a container, 0 if it is not there."""
-        container = self._containers.get(container_id)
-        return 0 if container is None else self._task_pid()
+        return self._task_pid() if container_id in self._containers else 0
 
     @property
     def is_empty(self) -> bool:
         """No container is there or on its way."""
-        return not self._containers and not self._creating
+        return self._containers.is_empty
 
     @property
     def is_over(self) -> bool:
@@ -485,13 +473,6 @@ class VirtSandbox:
 
     def _task_pid(self) -> int:
         return 0 if self._guest is None else self._guest.task_pid
-
-    def _container(self, container_id: ContainerId) -> Container:
-        try:
-            return self._containers[container_id]
-        except KeyError:
-            message = f"container {container_id} not found"
-            raise ContainerNotFoundError(message) from None
 
     def _ready_guest(self) -> Guest:
         if self._guest is None or self._state is not SandboxState.READY:

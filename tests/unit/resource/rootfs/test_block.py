@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from kata_hybrid.resource.rootfs.block import BlockRootfs, is_block_rootfs
-from kata_hybrid.types import BlockDevice, GuestDisk, GuestStorage, Mount
+from kata_hybrid.types import GuestDisk, GuestStorage, Mount
 
 ROOT = "/run/kata-containers/shared/containers/passthrough/c1/rootfs"
 
@@ -42,21 +42,9 @@ def test_one_file_system_is_needed(count: int, tmp_path: Path) -> None:
     assert not is_block_rootfs((entry,) * count)
 
 
-@pytest.mark.parametrize(("options", "is_read_only"), [(("loop", "ro"), True), (("rw",), False)])
-def test_the_disk_is_read_only_as_the_mount_is(
-    options: tuple[str, ...], *, is_read_only: bool
-) -> None:
-    rootfs = BlockRootfs(
-        Mount(type="ext4", source="/image", options=options), name="c1", serial="rootfs"
-    )
-    assert rootfs.disk == BlockDevice(id="rootfs", path=Path("/image"), is_read_only=is_read_only)
-
-
-def test_the_agent_mounts_the_disk_where_it_was_attached() -> None:
+def test_the_agent_mounts_the_disk_at_the_root() -> None:
     entry = Mount(type="ext4", source="/image", options=("loop", "rw", "noatime"))
-    rootfs = BlockRootfs(entry, name="c1", serial="rootfs")
-    assert list(rootfs.storages) == []
-    rootfs.attached(GuestDisk(driver="blk", source="02/03"))
+    rootfs = BlockRootfs(entry, name="c1", disk=GuestDisk(driver="blk", source="02/03"))
     assert rootfs.storages == (
         GuestStorage(
             driver="blk", source="02/03", fstype="ext4", options=("noatime",), mount_point=ROOT
@@ -66,14 +54,8 @@ def test_the_agent_mounts_the_disk_where_it_was_attached() -> None:
 
 
 def test_xfs_is_mounted_though_its_uuid_may_be_known() -> None:
-    rootfs = BlockRootfs(Mount(type="xfs", source="/image"), name="c1", serial="rootfs")
-    rootfs.attached(GuestDisk(driver="mmioblk", source="/dev/vda"))
+    disk = GuestDisk(driver="mmioblk", source="/dev/vda")
+    rootfs = BlockRootfs(Mount(type="xfs", source="/image"), name="c1", disk=disk)
     (storage,) = rootfs.storages
     assert (storage.driver, storage.source) == ("mmioblk", "/dev/vda")
     assert storage.options == ("nouuid",)
-
-
-def test_release_repeats() -> None:
-    rootfs = BlockRootfs(Mount(type="xfs", source="/image"), name="c1", serial="rootfs")
-    rootfs.release()
-    rootfs.release()

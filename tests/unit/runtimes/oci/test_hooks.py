@@ -109,7 +109,7 @@ async def test_one_that_is_killed_is_named_with_the_signal() -> None:
 async def test_of_much_output_the_end_is_told() -> None:
     script = "for n in $(seq 100000); do echo $n; done; echo because; exit 1"
     async with runner() as hooks:
-        with pytest.raises(FailedPreconditionError, match="because$") as failure:
+        with pytest.raises(FailedPreconditionError, match=r"because$") as failure:
             await hooks.create(parse_hooks({"prestart": [shell(script)]}), _STATE)
     assert len(str(failure.value)) < 5000
 

@@ -6,23 +6,16 @@ import pytest
 
 from harness.loop import on_loop
 from harness.mounts import in_own_mounts, mount_points
-from kata_hybrid.errors import (
-    InternalError,
-    InvalidArgumentError,
-    ProcessNotFoundError,
-    UnimplementedError,
-)
-from kata_hybrid.resource.rootfs.block import BlockRootfs
+from kata_hybrid.errors import InternalError, InvalidArgumentError, ProcessNotFoundError
 from kata_hybrid.runtimes.base import CreateRequest
 from kata_hybrid.runtimes.oci.spec import Spec, parse
 from kata_hybrid.runtimes.virt.container import Container, prepare
 from kata_hybrid.testing.fake_agent import FakeAgent
 from kata_hybrid.testing.fake_guest import FakeGuest
 from kata_hybrid.types import (
-    BlockDevice,
     ContainerId,
     ExecId,
-    GuestDisk,
+    GuestDevice,
     GuestStorage,
     JsonObject,
     Mount,
@@ -39,6 +32,7 @@ class AskedAgent(FakeAgent):
         super().__init__()
         self.spec: dict[str, Any] = {}
         self.storages: tuple[GuestStorage, ...] = ()
+        self.devices: tuple[GuestDevice, ...] = ()
         self.has_sandbox_pidns = False
         self.removed: list[ContainerId] = []
 
@@ -48,9 +42,10 @@ class AskedAgent(FakeAgent):
         *,
         spec: JsonObject,
         storages: tuple[GuestStorage, ...],
+        devices: tuple[GuestDevice, ...] = (),
         has_sandbox_pidns: bool,
     ) -> None:
-        self.spec, self.storages = spec, storages
+        self.spec, self.storages, self.devices = spec, storages, devices
         self.has_sandbox_pidns = has_sandbox_pidns
         await super().create_container(
             container_id, spec=spec, storages=storages, has_sandbox_pidns=has_sandbox_pidns
@@ -59,18 +54,6 @@ class AskedAgent(FakeAgent):
     async def remove_container(self, container_id: ContainerId, *, timeout_s: int) -> None:
         self.removed.append(container_id)
         await super().remove_container(container_id, timeout_s=timeout_s)
-
-
-class AskedGuest(FakeGuest):
-    """Remembers its disks."""
-
-    def __init__(self, agent: FakeAgent, *, folder: Path) -> None:
-        super().__init__(agent, folder=folder)
-        self.disks: list[BlockDevice] = []
-
-    def add_disk(self, disk: BlockDevice) -> GuestDisk:
-        self.disks.append(disk)
-        return GuestDisk(driver="blk", source="02")
 
 
 class World:
@@ -83,7 +66,7 @@ class World:
         self.shared = base / "shared"
         self.shared.mkdir()
         self.agent = AskedAgent()
-        self.guest = AskedGuest(self.agent, folder=self.shared)
+        self.guest = FakeGuest(self.agent, folder=self.shared)
 
     def spec(self, **changes: Any) -> Spec:
         document = {
@@ -94,11 +77,11 @@ class World:
         }
         return parse(json.dumps(document).encode())
 
-    def prepared(self, *rootfs: Mount, **changes: Any) -> Container:
+    async def prepared(self, *rootfs: Mount, **changes: Any) -> Container:
         request = CreateRequest(
             container_id=C1, bundle=self.bundle, rootfs=rootfs, stdio=Stdio(), config_path=None
         )
-        return prepare(request, self.spec(**changes), guest=self.guest)
+        return await prepare(request, self.spec(**changes), guest=self.guest)
 
     @property
     def root(self) -> Path:
@@ -109,7 +92,7 @@ class World:
 @on_loop
 async def test_a_relative_root_is_the_bundles(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.prepared()
+    await world.prepared()
     assert (world.root / "here").exists()
 
 
@@ -119,7 +102,7 @@ async def test_an_absolute_root_is_taken_as_it_is(tmp_path: Path) -> None:
     world = World(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "there").touch()
-    world.prepared(root={"path": f"{tmp_path}/other"})
+    await world.prepared(root={"path": f"{tmp_path}/other"})
     assert (world.root / "there").exists()
 
 
@@ -128,35 +111,26 @@ async def test_an_absolute_root_is_taken_as_it_is(tmp_path: Path) -> None:
 async def test_a_root_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
     world = World(tmp_path)
     with pytest.raises(InvalidArgumentError, match="bundle/missing is not a directory"):
-        world.prepared(root={"path": "missing"})
+        await world.prepared(root={"path": "missing"})
     assert mount_points(world.shared) == []
-
-
-@on_loop
-async def test_an_image_becomes_a_disk_while_disks_can_be_added(tmp_path: Path) -> None:
-    world = World(tmp_path)
-    image = tmp_path / "image"
-    image.touch()
-    entry = Mount(type="ext4", source=str(image), options=("loop", "ro"))
-    container = world.prepared(entry)
-    await container.create(world.agent, is_seccomp_disabled=False)
-    assert world.guest.disks == [BlockDevice(id="rootfs", path=image, is_read_only=True)]
-    (storage,) = world.agent.storages
-    assert (storage.driver, storage.source) == ("blk", "02")
-    assert isinstance(container._rootfs, BlockRootfs)
 
 
 @in_own_mounts
 @on_loop
-async def test_later_an_image_is_refused(tmp_path: Path) -> None:
+async def test_an_image_is_a_disk_for_as_long_as_the_container(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.guest.can_add_disk = False
     image = tmp_path / "image"
     image.touch()
-    with pytest.raises(UnimplementedError, match="first container of a sandbox"):
-        world.prepared(Mount(type="ext4", source=str(image), options=("loop",)))
-    assert world.guest.disks == []
+    await world.guest.machine.start()
+    container = await world.prepared(Mount(type="ext4", source=str(image), options=("loop", "ro")))
+    await container.create(world.agent, is_seccomp_disabled=False)
+    (disk,) = world.guest.machine.disks
+    assert (disk.path, disk.is_read_only) == (image, True)
+    (storage,) = world.agent.storages
+    assert (storage.driver, storage.source, storage.options) == ("fake", "1", ("ro",))
     assert mount_points(world.shared) == []
+    await container.remove(world.agent)
+    assert world.guest.machine.disks == []
 
 
 @in_own_mounts
@@ -169,7 +143,7 @@ async def test_binds_come_through_the_shared_folder(tmp_path: Path) -> None:
         {"destination": "/data", "type": "none", "source": f"{tmp_path}/data", "options": ["bind"]},
         {"destination": "/proc", "type": "proc", "source": "proc"},
     ]
-    container = world.prepared(mounts=mounts)
+    container = await world.prepared(mounts=mounts)
     await container.create(world.agent, is_seccomp_disabled=False)
     data, proc = world.agent.spec["mounts"]
     assert (data["type"], data["options"]) == ("bind", ["bind"])
@@ -184,7 +158,7 @@ async def test_a_relative_bind_is_the_bundles(tmp_path: Path) -> None:
     world = World(tmp_path)
     (world.bundle / "conf").write_text("from the bundle")
     mounts = [{"destination": "/conf", "type": "bind", "source": "conf"}]
-    container = world.prepared(mounts=mounts)
+    container = await world.prepared(mounts=mounts)
     await container.create(world.agent, is_seccomp_disabled=False)
     source = Path(world.agent.spec["mounts"][0]["source"])
     relative = source.relative_to(world.guest.folder.guest_path)
@@ -196,7 +170,7 @@ async def test_a_relative_bind_is_the_bundles(tmp_path: Path) -> None:
 @on_loop
 async def test_a_shared_pid_namespace_is_told(path: str, *, expected: bool, tmp_path: Path) -> None:
     world = World(tmp_path)
-    container = world.prepared(linux={"namespaces": [{"type": "pid", "path": path}]})
+    container = await world.prepared(linux={"namespaces": [{"type": "pid", "path": path}]})
     await container.create(world.agent, is_seccomp_disabled=False)
     assert world.agent.has_sandbox_pidns is expected
 
@@ -207,7 +181,7 @@ async def test_release_gives_everything_back_and_repeats(tmp_path: Path) -> None
     world = World(tmp_path)
     (tmp_path / "data").mkdir()
     mounts = [{"destination": "/data", "type": "bind", "source": f"{tmp_path}/data"}]
-    container = world.prepared(mounts=mounts)
+    container = await world.prepared(mounts=mounts)
     await container.create(world.agent, is_seccomp_disabled=False)
     assert len(mount_points(world.shared)) == 2
     container.release()
@@ -221,7 +195,7 @@ async def test_release_gives_everything_back_and_repeats(tmp_path: Path) -> None
 @on_loop
 async def test_a_container_is_removed_once_and_only_if_it_was_created(tmp_path: Path) -> None:
     world = World(tmp_path)
-    container = world.prepared()
+    container = await world.prepared()
     await container.remove(world.agent)
     assert world.agent.removed == []
     await container.create(world.agent, is_seccomp_disabled=False)
@@ -234,7 +208,7 @@ async def test_a_container_is_removed_once_and_only_if_it_was_created(tmp_path: 
 @on_loop
 async def test_a_create_that_failed_in_the_guest_is_removed_there(tmp_path: Path) -> None:
     world = World(tmp_path)
-    container = world.prepared()
+    container = await world.prepared()
     world.agent.failures["create_container"] = InternalError("no such program")
     with pytest.raises(InternalError):
         await container.create(world.agent, is_seccomp_disabled=False)
@@ -245,7 +219,7 @@ async def test_a_create_that_failed_in_the_guest_is_removed_there(tmp_path: Path
 @in_own_mounts
 @on_loop
 async def test_processes_are_found_by_exec(tmp_path: Path) -> None:
-    container = World(tmp_path).prepared()
+    container = await World(tmp_path).prepared()
     assert container.find(None) is container.process
     with pytest.raises(ProcessNotFoundError, match="exec e1 of container c1 not found"):
         container.find(ExecId("e1"))

@@ -61,8 +61,11 @@ class Machine:
     def add_shared_folder(self, folder: FolderDevice) -> None:
         self.steps.append(f"add {folder.tag}")
 
-    def add_disk(self, disk: BlockDevice) -> GuestDisk:
+    async def add_disk(self, disk: BlockDevice) -> GuestDisk:
         return GuestDisk(driver="blk", source=disk.id)
+
+    async def remove_disk(self, disk_id: str) -> None:
+        self.steps.append(f"remove {disk_id}")
 
     def add_network(self, device: NetworkDevice) -> str:
         self.steps.append(f"add {device.id}")
@@ -350,17 +353,6 @@ async def test_details_are_known_once_it_is_up() -> None:
 
 
 @on_loop
-async def test_disks_are_added_before_it_starts() -> None:
-    world = World()
-    assert world.guest.can_add_disk
-    disk = BlockDevice(id="rootfs", path=Path("/image"), is_read_only=True)
-    assert world.guest.add_disk(disk).source == "rootfs"
-    await world.start()
-    assert not world.guest.can_add_disk
-    await world.guest.stop()
-
-
-@on_loop
 async def test_stopping_releases_everything_once() -> None:
     world = World()
     await world.start()
@@ -491,6 +483,31 @@ async def test_a_start_given_up_leaves_nothing() -> None:
         await reached.wait()
         starting.cancel()
     assert world.steps[-len(STOPPED) :] == STOPPED
+
+
+@on_loop
+async def test_a_stop_during_the_start_ends_it_before_anything_is_given_back() -> None:
+    world = World()
+    reached = hold(world.agent, "connect")
+
+    async def start() -> None:
+        with pytest.raises(VmExitedError, match="stopped before it was up"):
+            await world.start()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(start())
+        await reached.wait()
+        await world.guest.stop()
+    assert world.steps[-len(STOPPED) :] == STOPPED
+
+
+@on_loop
+async def test_a_guest_that_was_stopped_does_not_start() -> None:
+    world = World()
+    await world.guest.stop()
+    with pytest.raises(VmExitedError, match="stopped before it was up"):
+        await world.start()
+    assert "start machine" not in world.steps
 
 
 @on_loop

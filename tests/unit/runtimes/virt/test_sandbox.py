@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness.loop import on_loop
+from harness.loop import on_loop, until
 from harness.mounts import in_own_mounts, make_tmpfs
 from kata_hybrid.agent.streams import HostStreams
 from kata_hybrid.errors import (
@@ -51,6 +51,7 @@ class AskedGuest(FakeGuest):
         super().__init__(agent, folder=folder)
         self.hostname = ""
         self.dns: tuple[str, ...] = ()
+        self.starts = 0
         self.stops = 0
 
     async def start(
@@ -61,6 +62,7 @@ class AskedGuest(FakeGuest):
         record: Record,
     ) -> None:
         self.hostname, self.dns = hostname, dns
+        self.starts += 1
         await super().start(hostname=hostname, dns=dns, record=record)
 
     async def stop(self) -> None:
@@ -235,6 +237,63 @@ async def test_a_hook_that_fails_undoes_the_creation(tmp_path: Path) -> None:
     assert world.sandbox.is_over
 
 
+@on_loop
+async def test_a_guest_lost_during_a_hook_is_not_booted_again(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    await world.create()
+    world.write_spec(HOOKED)
+    gate = world.hooks.gates["create"] = asyncio.Event()
+
+    async def create() -> None:
+        with pytest.raises(UnavailableError, match="sandbox is lost"):
+            await world.create(C2)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(create())
+        await until(lambda: bool(world.hooks.ran))
+        world.guest.lose("crash")
+        await until(lambda: world.guest.stops > 0)
+        gate.set()
+    assert world.guest.starts == 1
+    assert [point for point, _ in world.hooks.ran] == ["create", "delete"]
+    await world.sandbox.close()
+
+
+@on_loop
+async def test_a_delete_given_up_during_a_hook_is_finished_by_the_next(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.write_spec(HOOKED)
+    await world.create()
+    gate = world.hooks.gates["delete"] = asyncio.Event()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await world.sandbox.delete(C1, None)
+    assert not world.sandbox.is_empty
+    gate.set()
+    await world.sandbox.delete(C1, None)
+    assert [point for point, _ in world.hooks.ran] == ["create", "delete"]
+    assert world.log.names[-1] == "TaskDeleted"
+    assert world.sandbox.is_over
+
+
+@on_loop
+async def test_a_sandbox_closed_during_its_last_delete_does_not_wait_in_a_circle(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    world.write_spec(HOOKED)
+    await world.create()
+    gate = world.hooks.gates["delete"] = asyncio.Event()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        group.create_task(world.sandbox.delete(C1, None))
+        await until(lambda: len(world.hooks.ran) == 2)
+        group.create_task(world.sandbox.close())
+        await asyncio.sleep(0)
+        gate.set()
+    assert [point for point, _ in world.hooks.ran] == ["create", "delete"]
+    assert world.sandbox.is_empty
+
+
 # --- links that come between create and start ----------------------------------------------------
 
 
@@ -283,6 +342,52 @@ async def test_one_that_does_not_boot_fails_its_start_and_can_be_deleted(tmp_pat
     await world.sandbox.delete(C1, None)
     assert world.guest.stops > 0
     assert world.sandbox.is_over
+
+
+@on_loop
+async def test_after_a_boot_that_failed_nothing_is_waited_for(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.guest.awaits_links = True
+    await world.create()
+    world.agent.failures["create_sandbox"] = GuestBootTimeoutError("silence")
+    with pytest.raises(GuestBootTimeoutError):
+        await world.sandbox.start(C1, None)
+    with pytest.raises(FailedPreconditionError, match="sandbox is lost"):
+        await world.create(C2)
+    await world.sandbox.close()
+
+
+@on_loop
+async def test_one_that_is_killed_while_it_boots_ends(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.guest.awaits_links = True
+    await world.create()
+    boots, stopped = asyncio.Event(), asyncio.Event()
+
+    async def slow(_method: str) -> None:
+        boots.set()
+        await stopped.wait()
+        raise UnavailableError("stopped")
+
+    world.agent.gate = slow
+
+    async def stop() -> None:
+        stopped.set()
+
+    world.guest.stop = stop  # type: ignore[method-assign]
+
+    async def start() -> None:
+        with pytest.raises(UnavailableError):
+            await world.sandbox.start(C1, None)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(start())
+        await boots.wait()
+        with pytest.raises(UnavailableError, match="booting"):
+            await world.sandbox.kill(C1, None, signal=1, is_all=False)
+        await world.sandbox.kill(C1, None, signal=9, is_all=False)
+    assert (await world.ended()).status == 255
+    await world.sandbox.delete(C1, None)
 
 
 @on_loop
