@@ -15,11 +15,14 @@ use std::time::Duration;
 use protocols::agent::Device;
 use protocols::oci;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::error::{AgentError, IoContext, Result};
 use crate::mount::absolute;
 pub(crate) use pci::PciPath;
+
+/// Between two looks at a device that is empty.
+const EMPTY_PAUSE: Duration = Duration::from_millis(2);
 
 pub(crate) struct Devices {
     timeout: Duration,
@@ -68,6 +71,22 @@ impl Devices {
     /// # Errors
     /// The name is malformed, or the device does not appear.
     pub(crate) async fn block_node(&self, driver: &str, source: &str) -> Result<PathBuf> {
+        let node = self.find_block_node(driver, source).await?;
+        // A disk may have come into a device that was there and empty, which no event tells.
+        let deadline = Instant::now() + self.timeout;
+        while is_empty(&node) {
+            if Instant::now() >= deadline {
+                return Err(AgentError::DeviceTimeout {
+                    what: source.to_owned(),
+                    seconds: self.timeout.as_secs(),
+                });
+            }
+            sleep(EMPTY_PAUSE).await;
+        }
+        Ok(node)
+    }
+
+    async fn find_block_node(&self, driver: &str, source: &str) -> Result<PathBuf> {
         if source.starts_with("/dev/") {
             let node = absolute(source)?;
             return self
@@ -92,6 +111,15 @@ impl Devices {
             )),
         }
     }
+}
+
+/// Whether the kernel knows no sector of a block device.
+fn is_empty(node: &Path) -> bool {
+    let Some(name) = node.file_name() else {
+        return false;
+    };
+    let size = Path::new("/sys/class/block").join(name).join("size");
+    fs::read_to_string(size).is_ok_and(|sectors| sectors.trim() == "0")
 }
 
 fn is_block(node: &Path) -> bool {

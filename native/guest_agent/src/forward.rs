@@ -9,9 +9,9 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy};
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
@@ -56,7 +56,7 @@ pub(crate) async fn serve(port: u32) {
 
 async fn connect<S>(mut host: S) -> io::Result<()>
 where
-    S: AsyncReadExt + AsyncWriteExt + Unpin,
+    S: AsyncRead + AsyncWrite + Unpin,
 {
     let dialled = match timeout(PATIENCE, request(&mut host)).await {
         Ok(Ok(port)) => dial(port).await,
@@ -64,13 +64,47 @@ where
         Err(_) => Err(io::ErrorKind::TimedOut.into()),
     };
     match dialled {
-        Ok(mut program) => {
+        Ok(program) => {
             host.write_all(b"OK\n").await?;
-            tokio::io::copy_bidirectional(&mut host, &mut program).await?;
+            relay(host, program).await;
         }
         Err(error) => host.write_all(format!("{error}\n").as_bytes()).await?,
     }
     Ok(())
+}
+
+/// Copies both ways, each for itself: a program may answer and close without having read everything,
+/// and its answer is still the host's. What the host goes on to send is dropped, for a while.
+async fn relay<H, P>(host: H, program: P)
+where
+    H: AsyncRead + AsyncWrite,
+    P: AsyncRead + AsyncWrite,
+{
+    let (mut from_host, mut to_host) = tokio::io::split(host);
+    let (mut from_program, mut to_program) = tokio::io::split(program);
+    let (answered, has_answered) = oneshot::channel::<()>();
+    let forth = async {
+        let copied = copy(&mut from_host, &mut to_program).await;
+        // Whoever is gone needs not be told.
+        let _told = to_program.shutdown().await;
+        if copied.is_err() {
+            let lingering = async {
+                let _answered = has_answered.await;
+                tokio::time::sleep(PATIENCE).await;
+            };
+            let mut nowhere = tokio::io::sink();
+            tokio::select! {
+                _ = copy(&mut from_host, &mut nowhere) => {}
+                () = lingering => {}
+            }
+        }
+    };
+    let back = async {
+        let _copied = copy(&mut from_program, &mut to_host).await;
+        let _told = to_host.shutdown().await;
+        let _heard = answered.send(());
+    };
+    tokio::join!(forth, back);
 }
 
 /// Reads the port, and not a byte more.
@@ -153,6 +187,28 @@ mod tests {
             assert_eq!(answer, "OK\nQUESTION");
             program.await.unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn a_long_answer_arrives_whole_though_the_question_was_not_read() {
+        const MANY: usize = 3 << 20;
+        let (host, guest) = tokio::io::duplex(64);
+        // What one of these has sent is not taken back when it is gone.
+        let (program, mut far) = tokio::net::UnixStream::pair().unwrap();
+        let relay = tokio::spawn(relay(guest, program));
+        tokio::spawn(async move {
+            far.read_exact(&mut [0; 4096]).await.unwrap();
+            far.write_all(&vec![7; MANY]).await.unwrap();
+        });
+        let (mut from, mut to) = tokio::io::split(host);
+        // For as long as anybody takes it.
+        let asking = tokio::spawn(async move { while to.write_all(&[0; 4096]).await.is_ok() {} });
+        let mut answer = Vec::new();
+        from.read_to_end(&mut answer).await.unwrap();
+        assert!(answer == vec![7; MANY], "{} bytes", answer.len());
+        asking.abort();
+        drop((asking.await, from));
+        relay.await.unwrap();
     }
 
     #[tokio::test]

@@ -2,17 +2,20 @@
 //!
 //! ```text
 //! each direction:  copying ──end of file──▶ flushing ──all written──▶ shut
-//!                     └──────────── read or write fails ────────────────┘
+//!                     └──write fails──▶ discarding ──end of file, or time──▶ shut
 //! ```
 //!
 //! [`Relay`] is a source on the I/O thread. It ends when both directions have; then both descriptors
-//! close. A direction that fails leaves the other alone: a server may answer and close without
-//! having read everything, and its answer is still to be delivered. What waits to be written is
-//! bounded, so that a slow reader slows the writer and not the memory.
+//! close. A direction that cannot write leaves the other alone: a server may answer and close without
+//! having read everything, and its answer is still to be delivered. So what the client goes on to
+//! send is read and dropped: TCP takes back what it has not sent yet when a socket is closed with
+//! something unread. A socket that cannot be read is gone for the other direction as well. What
+//! waits to be written is bounded, so that a slow reader slows the writer and not the memory.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{self, RecvFlags, SendFlags, Shutdown};
@@ -24,12 +27,24 @@ use crate::status::Code;
 /// Bytes on their way in one direction.
 const BUFFER: usize = 64 << 10;
 
+/// How long a discarding direction goes on once the other is shut.
+const LINGER: Duration = Duration::from_secs(10);
+const LINGER_TIMER: u64 = 0;
+
+/// What a direction could not do.
+enum Failure {
+    Read(io::Error),
+    Write(io::Error),
+}
+
 /// One direction.
 #[derive(Default)]
 struct Direction {
     buffer: Vec<u8>,
     start: usize,
     is_at_end: bool,
+    /// What is read is nobody's any more.
+    is_discarding: bool,
     is_shut: bool,
 }
 
@@ -39,28 +54,37 @@ impl Direction {
     }
 
     /// Move what does not block: at most one buffer, so that the others get their turn.
-    fn advance(&mut self, from: &OwnedFd, to: &OwnedFd) -> io::Result<u64> {
-        if self.waiting().is_empty() && !self.is_at_end {
-            self.read(from)?;
+    fn advance(&mut self, from: &OwnedFd, to: &OwnedFd) -> Result<u64, Failure> {
+        if self.is_shut {
+            return Ok(0);
         }
-        let moved = self.write(to)?;
-        if self.is_at_end && self.waiting().is_empty() && !self.is_shut {
+        if self.waiting().is_empty() && !self.is_at_end {
+            self.read(from).map_err(Failure::Read)?;
+        }
+        if self.is_discarding {
+            self.buffer = Vec::new();
+            self.start = 0;
+            self.is_shut = self.is_at_end;
+            return Ok(0);
+        }
+        let moved = self.write(to).map_err(Failure::Write)?;
+        if self.is_at_end && self.waiting().is_empty() {
             self.is_shut = true;
-            match net::shutdown(to, Shutdown::Write) {
-                // The peer has gone entirely: nobody is left to tell.
-                Ok(()) | Err(Errno::NOTCONN) => {}
-                Err(errno) => return Err(errno.into()),
-            }
+            // The peer may have gone entirely: nobody is left to tell.
+            let _shut = net::shutdown(to, Shutdown::Write);
         }
         Ok(moved)
     }
 
-    /// Give up: what waits is nobody's any more.
-    fn fail(&mut self, to: &OwnedFd) {
+    /// Nothing can be written any more: read and drop, if there is something to read.
+    fn discard(&mut self, to: &OwnedFd) {
+        if self.is_shut {
+            return;
+        }
         self.buffer = Vec::new();
         self.start = 0;
-        self.is_at_end = true;
-        self.is_shut = true;
+        self.is_discarding = true;
+        self.is_shut = self.is_at_end;
         // Whoever reads there learns of it, unless that end is gone as well.
         let _shut = net::shutdown(to, Shutdown::Write);
     }
@@ -69,14 +93,17 @@ impl Direction {
         self.start = 0;
         self.buffer.resize(BUFFER, 0);
         match net::recv(from, self.buffer.as_mut_slice(), RecvFlags::DONTWAIT) {
-            Ok((0, _)) => {
-                self.is_at_end = true;
-                self.buffer = Vec::new();
+            Ok((count, _)) if count > 0 => {
+                self.buffer.truncate(count);
+                return Ok(());
             }
-            Ok((count, _)) => self.buffer.truncate(count),
             // Idle: a connection that says nothing needs no memory.
             Err(Errno::AGAIN | Errno::INTR) => self.buffer = Vec::new(),
-            Err(errno) => return Err(errno.into()),
+            ended => {
+                self.buffer = Vec::new();
+                self.is_at_end = true;
+                ended?;
+            }
         }
         Ok(())
     }
@@ -106,6 +133,8 @@ pub struct Relay {
     count: u64,
     /// The first failure.
     error: Option<io::Error>,
+    /// The timer runs.
+    lingers: bool,
 }
 
 impl Relay {
@@ -118,29 +147,59 @@ impl Relay {
             directions: Default::default(),
             count: 0,
             error: None,
+            lingers: false,
         }
     }
 
     fn advance(&mut self, context: &mut Context<'_>) -> io::Result<()> {
-        let [first, second] = &self.ends;
-        let [forth, back] = &mut self.directions;
-        for (direction, from, to) in [(&mut *forth, first, second), (&mut *back, second, first)] {
-            match direction.advance(from, to) {
-                Ok(moved) => self.count += moved,
-                Err(error) => {
-                    direction.fail(to);
-                    self.error.get_or_insert(error);
-                }
-            }
+        for index in [0, 1] {
+            self.advance_one(index);
         }
-        for (key, incoming, outgoing) in [(0, &*forth, &*back), (1, &*back, &*forth)] {
+        let [forth, back] = &self.directions;
+        for (key, incoming, outgoing) in [(0, forth, back), (1, back, forth)] {
             let interest = Interest {
                 readable: !incoming.is_at_end && incoming.waiting().is_empty(),
                 writable: !outgoing.waiting().is_empty(),
             };
             context.set_interest(key, interest)?;
         }
+        if !self.lingers && (forth.is_shut != back.is_shut) {
+            let rest = if forth.is_shut { back } else { forth };
+            if rest.is_discarding {
+                self.lingers = true;
+                context.set_timer(LINGER_TIMER, Instant::now() + LINGER);
+            }
+        }
         Ok(())
+    }
+
+    fn advance_one(&mut self, index: usize) {
+        let [first, second] = &self.ends;
+        let [forth, back] = &mut self.directions;
+        let (direction, other, from, to) = if index == 0 {
+            (forth, back, first, second)
+        } else {
+            (back, forth, second, first)
+        };
+        let error = match direction.advance(from, to) {
+            Ok(moved) => {
+                self.count += moved;
+                return;
+            }
+            Err(Failure::Write(error)) => {
+                direction.discard(to);
+                error
+            }
+            Err(Failure::Read(error)) => {
+                other.discard(from);
+                // What it had said before it went is still to be delivered.
+                if let Err(Failure::Write(_)) = direction.advance(from, to) {
+                    direction.discard(to);
+                }
+                error
+            }
+        };
+        self.error.get_or_insert(error);
     }
 
     fn is_over(&self) -> bool {
@@ -180,6 +239,13 @@ impl Source for Relay {
     }
 
     fn ready(&mut self, _key: u64, _readiness: Readiness, context: &mut Context<'_>) {
+        self.serve(context);
+    }
+
+    fn timeout(&mut self, _key: u64, context: &mut Context<'_>) {
+        for direction in &mut self.directions {
+            direction.is_shut |= direction.is_discarding;
+        }
         self.serve(context);
     }
 

@@ -5,6 +5,7 @@
 mod support;
 
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -125,6 +126,52 @@ fn an_answer_arrives_though_the_question_was_not_read() {
     assert!(answer == vec![7; 100_000], "{} bytes", answer.len());
     drop(client);
     assert_eq!(io.wait(1).code, Code::UNAVAILABLE);
+}
+
+/// The far ends of a relay between a client's TCP connection and the machine's socket.
+fn relayed_tcp(io: &Io, token: u64) -> (TcpStream, UnixStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (near, _) = listener.accept().unwrap();
+    let (far, server) = UnixStream::pair().unwrap();
+    let relay = Relay::new(token, OwnedFd::from(near), OwnedFd::from(far));
+    io.reactor.handle().add(relay).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    server.set_read_timeout(Some(PATIENCE)).unwrap();
+    (client, server)
+}
+
+#[test]
+fn a_long_answer_arrives_whole_though_the_question_was_not_read() {
+    let mut io = Io::start();
+    let (mut client, mut server) = relayed_tcp(&io, 1);
+    let mut asking = client.try_clone().unwrap();
+    // For as long as anybody takes it.
+    let question = thread::spawn(move || while asking.write_all(&[0; 8192]).is_ok() {});
+    server.read_exact(&mut [0; 4096]).unwrap();
+    // And then it is gone, with something unread.
+    let answering = thread::spawn(move || server.write_all(&bytes(1)).unwrap());
+    let mut answer = vec![0; MANY];
+    client.read_exact(&mut answer).unwrap();
+    answering.join().unwrap();
+    assert!(answer == bytes(1), "other bytes than sent");
+    assert_eq!(client.read(&mut [0]).unwrap(), 0, "and then its end");
+    client.shutdown(std::net::Shutdown::Both).unwrap();
+    question.join().unwrap();
+    assert_eq!(io.wait(1).code, Code::UNAVAILABLE);
+}
+
+#[test]
+fn a_client_that_resets_ends_it_though_the_server_says_nothing() {
+    let mut io = Io::start();
+    let (client, mut server) = relayed_tcp(&io, 1);
+    server.write_all(b"unread").unwrap();
+    client.peek(&mut [0; 6]).unwrap();
+    // With something unread, so the relay is told by a reset.
+    drop(client);
+    assert_eq!(server.read(&mut [0]).unwrap(), 0, "its end is told at once");
+    assert_eq!(io.wait(1).code, Code::UNAVAILABLE);
+    drop(server);
 }
 
 #[test]
