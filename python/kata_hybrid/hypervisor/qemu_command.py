@@ -267,9 +267,18 @@ def _vsock(vsock: KernelVsock | UserVsock) -> tuple[str, ...]:
 
 
 def _bridge() -> tuple[str, ...]:
-    # By ACPI alone, which takes devices away without waiting for a person at a button. Its name
-    # of a property has the underscore that option() makes a dash of.
-    return ("-device", f"pci-bridge,id={_BRIDGE},chassis_nr=1,shpc=off,addr={_SLOT_BRIDGE:#x}")
+    # By ACPI alone, which takes devices away without waiting for a person at a button. The firmware
+    # gives a bridge without devices no addresses: 1 MiB is 64 times what a disk asks for.
+    device = option(
+        "pci-bridge",
+        id=_BRIDGE,
+        shpc=False,
+        mem_reserve="1M",
+        pref64_reserve="1M",
+        addr=f"{_SLOT_BRIDGE:#x}",
+    )
+    # Its name has the underscore that option() makes a dash of.
+    return ("-device", f"{device},chassis_nr=1")
 
 
 def _folder(folder: VhostUserFs, index: int) -> tuple[str, ...]:

@@ -14,15 +14,21 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from kata_hybrid.aio.supervisor import Supervisor
-from kata_hybrid.errors import FailedPreconditionError, InvalidArgumentError, KataError
+from kata_hybrid.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    KataError,
+    UnavailableError,
+)
 from kata_hybrid.types import BlockDevice, GuestDisk
 
 _log = logging.getLogger(__name__)
 
 _Key = tuple[str, int, int]
+_GONE: Final = "the machine is gone: it takes no disk"
 
 
 class DiskMachine(Protocol):
@@ -52,6 +58,7 @@ class Disks:
         self._lock = asyncio.Lock()
         self._numbers = itertools.count()
         self._supervisor = Supervisor("disks")
+        self._is_closed = False
 
     async def attach(self, path: Path, *, is_read_only: bool) -> GuestDisk:
         """Give the guest a file or block device as a disk, unless it has it.
@@ -59,8 +66,11 @@ class Disks:
         Raises:
             InvalidArgumentError: it is neither, or not there.
             FailedPreconditionError: it is in use and may not be written, and now is to be.
+            UnavailableError: the machine is gone.
             KataError: the machine does not take it.
         """
+        if self._is_closed:
+            raise UnavailableError(_GONE)
         key = _key(path)
         task = self._supervisor.start(
             self._attach(key, path, is_read_only=is_read_only),
@@ -102,6 +112,8 @@ class Disks:
 
         Whoever gives up waiting does not keep it from being done.
         """
+        if self._is_closed:
+            return
         work = self._supervisor.start(self._detach(disk), name=f"detach {disk.source}")
         await asyncio.shield(work)
 
@@ -125,6 +137,7 @@ class Disks:
 
     async def close(self) -> None:
         """Forget all: the machine is gone. Idempotent."""
+        self._is_closed = True
         await self._supervisor.close()
         self._entries.clear()
 

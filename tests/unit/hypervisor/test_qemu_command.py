@@ -246,6 +246,8 @@ def test_a_disk_that_comes_later_is_behind_the_bridge_and_named_by_its_id() -> N
     assert (device["bus"], device["addr"], plugged_pci_path(4)) == ("plug", "0x5", "07/05")
     assert "share-rw" not in plugged_disk(replace(disk, is_read_only=False), 0)[1]
     bridges = [word for word in values(build_command(MACHINE), "-device") if "bridge" in word]
-    assert bridges == ["pci-bridge,id=plug,chassis_nr=1,shpc=off,addr=0x7"]
+    assert bridges == [
+        "pci-bridge,id=plug,shpc=off,mem-reserve=1M,pref64-reserve=1M,addr=0x7,chassis_nr=1"
+    ]
     with pytest.raises(ResourceExhaustedError):
         plugged_disk(disk, 31)

@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 
 from harness.loop import on_loop, until
-from kata_hybrid.errors import FailedPreconditionError, InvalidArgumentError, VmmError
+from kata_hybrid.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UnavailableError,
+    VmmError,
+)
 from kata_hybrid.resource.disks import Disks
 from kata_hybrid.types import BlockDevice, GuestDisk
 
@@ -142,5 +147,6 @@ async def test_closing_forgets_all(tmp_path: Path) -> None:
     await disks.close()
     await disks.close()
     assert machine.there, "it goes with the machine"
-    with pytest.raises(RuntimeError):
-        await disks.detach(disk)
+    await disks.detach(disk)
+    with pytest.raises(UnavailableError, match="the machine is gone"):
+        await disks.attach(tmp_path / "image", is_read_only=True)
