@@ -2,6 +2,7 @@
 
     parts  actions     bench_actions.py            pytest-benchmark
            containers  bench_containers.py         pytest-benchmark, on a containerd of its own
+           pods        bench_pods.py               pytest-benchmark, by way of the CRI
            vsock_io    native/vsock_io/benches/    criterion, plain copies as the reference
            packets     native/*/benches/           criterion for Rust, pytest-benchmark for Cython
            machine     lab/                        our machine monitor and QEMU, both in the lab
@@ -74,6 +75,12 @@ def parts() -> list[Part]:
             title="containers on a private containerd, against runc",
             figures=("create_to_first_byte", "idle_shim_pss"),
             measure=lambda keep: run_pytest("bench_containers.py", keep),
+        ),
+        Part(
+            name="pods",
+            title="pods by way of the CRI, against runc's",
+            figures=("pod_start", "added_container", "added_container_pss", "pod_network"),
+            measure=lambda keep: run_pytest("bench_pods.py", keep),
         ),
         Part(
             name="vsock_io",

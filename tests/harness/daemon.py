@@ -57,6 +57,7 @@ disabled_plugins = [{disabled}]
 # Pods: the handler that is tested is the default one. The images are in the store already.
 _CRI_V2 = """\
 [plugins."io.containerd.grpc.v1.cri"]
+  restrict_oom_score_adj = true  # Not every machine lets root lower it; runc insists.
   sandbox_image = "{pause_image}"
   stream_server_address = "127.0.0.1"
   disable_apparmor = true
@@ -73,6 +74,7 @@ _CRI_V4 = """\
 [plugins."io.containerd.cri.v1.images".pinned_images]
   sandbox = "{pause_image}"
 [plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
   disable_apparmor = true
   [plugins."io.containerd.cri.v1.runtime".containerd]
     default_runtime_name = "tested"
