@@ -137,7 +137,8 @@ def cri_containerd(
         namespace="k8s.io",
         shim_dir=shim_dir,
         archive=archive,
-        environment={"KATA_CONF_FILE": os.fspath(configuration)},
+        # The variable would win over the option.
+        environment={} if settings.configuration else {"KATA_CONF_FILE": os.fspath(configuration)},
         cri=settings,
         prepare=functools.partial(write_network, maps_ports=maps_ports),
     ) as daemon:

@@ -62,8 +62,8 @@ _CRI_V2 = """\
   stream_server_address = "127.0.0.1"
   disable_apparmor = true
   [plugins."io.containerd.grpc.v1.cri".containerd]
-    default_runtime_name = "tested"
-  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.tested]
+    default_runtime_name = "{handler}"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{handler}]
     runtime_type = "{runtime}"
     privileged_without_host_devices = true
   [plugins."io.containerd.grpc.v1.cri".cni]
@@ -77,8 +77,8 @@ _CRI_V4 = """\
   restrict_oom_score_adj = true
   disable_apparmor = true
   [plugins."io.containerd.cri.v1.runtime".containerd]
-    default_runtime_name = "tested"
-  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.tested]
+    default_runtime_name = "{handler}"
+  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{handler}]
     runtime_type = "{runtime}"
     privileged_without_host_devices = true
   [plugins."io.containerd.cri.v1.runtime".cni]
@@ -171,6 +171,10 @@ class CriSettings:
     pause_image: str
     network: Path
     """The network namespace that stands for the node's: bridges are made in it."""
+    handler: str = "tested"
+    """The runtime's name, which is also the default."""
+    configuration: Path | None = None
+    """The runtime's option ``ConfigPath``."""
 
 
 class Containerd:
@@ -409,7 +413,12 @@ class Containerd:
                 home=self.home,
                 runtime=self._cri.runtime,
                 pause_image=self._cri.pause_image,
+                handler=self._cri.handler,
             )
+            if self._cri.configuration is not None:
+                plugin = "io.containerd.grpc.v1.cri" if is_old else "io.containerd.cri.v1.runtime"
+                table = f'plugins."{plugin}".containerd.runtimes.{self._cri.handler}.options'
+                text += f'[{table}]\n  ConfigPath = "{self._cri.configuration}"\n'
         return text
 
     def _unmount_below_home(self) -> None:

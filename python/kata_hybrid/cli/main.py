@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kata_hybrid.cli import check, env, guest, version
+from kata_hybrid.cli import check, config, env, guest, version
 from kata_hybrid.cli.output import Output, standard_output
 from kata_hybrid.errors import KataError
 
@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="kata-hybrid", description="Containers in light virtual machines: the operator's tool."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (check, guest, env, version):
+    for command in (check, config, guest, env, version):
         command.add_parser(commands)
     return parser
 

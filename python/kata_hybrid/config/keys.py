@@ -1,6 +1,7 @@
 """The keys of ``configuration.toml``: for each its table, the field it fills, and its check.
 
-A check takes the TOML value and returns ours, or raises ``ValueError`` with what was expected.
+A check takes the TOML value and returns ours, or raises ``ValueError`` with what was expected; what
+it takes is also said in JSON Schema, for editors (``reference.py``).
 """
 
 import re
@@ -21,7 +22,26 @@ from kata_hybrid.config.model import (
 )
 from kata_hybrid.types import FolderCache
 
-Check = Callable[[object], object]
+Schema = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Takes a TOML value and returns ours."""
+
+    convert: Callable[[object], object]
+    schema: Schema
+    """What is taken, in the words of JSON Schema."""
+
+    def __call__(self, value: object) -> object:
+        """Return our value.
+
+        Raises:
+            ValueError: it is none that is taken; the text is what is.
+        """
+        return self.convert(value)
+
+
 _MAX_U32 = 2**32 - 1
 _MAX_VCPUS = 1024
 _PARAMETER = re.compile(r'(?:"[^"]*"|[^\s"])+')
@@ -35,7 +55,7 @@ class Key:
     check: Check
 
 
-def _boolean(value: object) -> bool:
+def _to_boolean(value: object) -> bool:
     if not isinstance(value, bool):
         message = "true or false"
         raise ValueError(message)  # noqa: TRY004 - one kind of error for every check
@@ -49,7 +69,7 @@ def _integer(minimum: int, maximum: int) -> Check:
             raise ValueError(message)
         return value
 
-    return check
+    return Check(check, {"type": "integer", "minimum": minimum, "maximum": maximum})
 
 
 def _number(minimum: float, maximum: float, expected: str) -> Check:
@@ -60,45 +80,46 @@ def _number(minimum: float, maximum: float, expected: str) -> Check:
             raise ValueError(expected)
         return float(value)  # type: ignore[arg-type]
 
-    return check
+    limits = {"minimum": minimum} if minimum > -sys.float_info.max else {}
+    return Check(check, {"type": "number", **limits, "maximum": maximum})
 
 
-def _text(value: object) -> str:
+def _to_text(value: object) -> str:
     if not isinstance(value, str) or "\0" in value:
         message = "a text without NUL characters"
         raise ValueError(message)
     return value
 
 
-def _absolute_path(value: object) -> Path:
+def _to_path(value: object) -> Path:
     if not isinstance(value, str) or "\0" in value or not value.startswith("/"):
         message = "an absolute path"
         raise ValueError(message)
     return Path(value)
 
 
-def _optional_path(value: object) -> Path | None:
-    return None if value == "" else _absolute_path(value)
+def _to_optional_path(value: object) -> Path | None:
+    return None if value == "" else _to_path(value)
 
 
-def _texts(value: object) -> tuple[str, ...]:
+def _to_texts(value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
         message = "a list of texts"
         raise ValueError(message)  # noqa: TRY004 - one kind of error for every check
-    return tuple(_text(entry) for entry in value)
+    return tuple(_to_text(entry) for entry in value)
 
 
-def _patterns(value: object) -> tuple[re.Pattern[str], ...]:
+def _to_patterns(value: object) -> tuple[re.Pattern[str], ...]:
     try:
-        return tuple(re.compile(text) for text in _texts(value))
+        return tuple(re.compile(text) for text in _to_texts(value))
     except (re.error, OverflowError, RecursionError) as error:
         message = f"a list of regular expressions: {error}"
         raise ValueError(message) from error
 
 
-def _kernel_params(value: object) -> tuple[str, ...]:
+def _to_kernel_params(value: object) -> tuple[str, ...]:
     """Split at blanks outside double quotes, as the kernel does; the quotes stay."""
-    text = _text(value)
+    text = _to_text(value)
     if text.count('"') % 2:
         message = "a list of kernel parameters with closed quotes"
         raise ValueError(message)
@@ -113,14 +134,23 @@ def _choice(*allowed: str, aliases: Mapping[str, str] | None = None) -> Check:
             raise ValueError(message)
         return str(known)
 
-    return check
+    return Check(check, {"enum": [*allowed, *(aliases or {})]})
 
 
 def _enum(kind: type[Enum], *, aliases: Mapping[str, str] | None = None) -> Check:
     choose = _choice(*(str(member.value) for member in kind), aliases=aliases)
-    return lambda value: kind(choose(value))
+    return Check(lambda value: kind(choose(value)), choose.schema)
 
 
+_PATH_SCHEMA = {"type": "string", "pattern": "^/"}
+_TEXTS_SCHEMA = {"type": "array", "items": {"type": "string"}}
+_boolean = Check(_to_boolean, {"type": "boolean"})
+_text = Check(_to_text, {"type": "string"})
+_texts = Check(_to_texts, _TEXTS_SCHEMA)
+_patterns = Check(_to_patterns, {"type": "array", "items": {"type": "string", "format": "regex"}})
+_kernel_params = Check(_to_kernel_params, {"type": "string"})
+_absolute_path = Check(_to_path, _PATH_SCHEMA)
+_optional_path = Check(_to_optional_path, {**_PATH_SCHEMA, "pattern": "^(/|$)"})
 _PORT = _integer(1, _MAX_U32 - 1)
 _MILLISECONDS = _integer(1, 24 * 3600 * 1000)
 _RATE = _integer(0, 2**63 - 1)

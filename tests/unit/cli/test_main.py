@@ -45,6 +45,25 @@ def test_env_shows_the_configuration_in_force(capsys: Captured, no_configuration
     assert "hypervisor.qemu.memory_mib = 333" in out
 
 
+def test_a_configuration_is_checked_before_it_is_used(
+    capsys: Captured, no_configuration: Path
+) -> None:
+    assert main(["config", "check"]) == 0
+    assert str(no_configuration) in capsys.readouterr().out
+    other = no_configuration.with_name("other.toml")
+    other.write_text("[runtime]\nenable_pprof = true\n")
+    assert main(["config", "check", str(other)]) == 0
+    assert "ignored: " in capsys.readouterr().out
+    other.write_text("[runtime]\nlog_level = 'loud'\n")
+    assert main(["config", "check", str(other)]) == 1
+    assert "log_level" in capsys.readouterr().err
+
+
+def test_the_schema_is_printed(capsys: Captured) -> None:
+    assert main(["config", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["$schema"].endswith("2020-12/schema")
+
+
 def test_env_shows_the_run_directory(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KATA_HYBRID_RUN_DIR", "/elsewhere")
     main(["env", "--json"])
