@@ -80,6 +80,7 @@ _CRI_V4 = """\
     default_runtime_name = "{handler}"
   [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{handler}]
     runtime_type = "{runtime}"
+    sandboxer = "{sandboxer}"
     privileged_without_host_devices = true
   [plugins."io.containerd.cri.v1.runtime".cni]
     bin_dirs = ["/usr/lib/cni"]
@@ -175,6 +176,8 @@ class CriSettings:
     """The runtime's name, which is also the default."""
     configuration: Path | None = None
     """The runtime's option ``ConfigPath``."""
+    sandboxer: str = "podsandbox"
+    """Who makes sandboxes (containerd 2): ``podsandbox`` by a pause container, or ``shim``."""
 
 
 class Containerd:
@@ -414,6 +417,7 @@ class Containerd:
                 runtime=self._cri.runtime,
                 pause_image=self._cri.pause_image,
                 handler=self._cri.handler,
+                sandboxer=self._cri.sandboxer,
             )
             if self._cri.configuration is not None:
                 plugin = "io.containerd.grpc.v1.cri" if is_old else "io.containerd.cri.v1.runtime"

@@ -4,7 +4,7 @@ The service translates containerd's messages to these and calls; a runtime decid
 of sandbox is another implementation of :class:`Runtime`, found by name in ``registry.py``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -119,6 +119,66 @@ TaskEvent = (
     | TaskPaused
     | TaskResumed
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxRequest:
+    """``Sandbox.CreateSandbox``: a pod's sandbox that is to be there before its containers."""
+
+    bundle: Path
+    hostname: str = ""
+    resolver: tuple[str, ...] = ()
+    """Lines of resolv.conf(5)."""
+    network: str = ""
+    """Path of the pod's network namespace; empty: it is to have no network."""
+    annotations: dict[str, str] = field(default_factory=dict)
+    cgroup_parent: str = ""
+    cpu_quota_us: int = 0
+    cpu_period_us: int = 0
+    memory_bytes: int = 0
+    """The sums of what its containers are limited to; 0: no limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxStatus:
+    """What ``Sandbox.SandboxStatus`` reports."""
+
+    is_ready: bool
+    pid: int
+    created_at_ns: int
+    exit: ExitInfo | None = None
+
+
+class Sandbox(Protocol):
+    """A sandbox with a life of its own, for containerd's Sandbox API.
+
+        create ──▶ start ──▶ stop (or its own end) ──▶ shutdown
+
+    Its containers come by :class:`Runtime`. Every method but ``create`` raises NotFoundError
+    before there is one.
+    """
+
+    async def create(self, request: SandboxRequest) -> None:
+        """Take a description; nothing is started.
+
+        Raises:
+            AlreadyExistsError: there is one.
+        """
+
+    async def start(self) -> SandboxStatus:
+        """Start it. Repeated: what it is by now."""
+
+    async def stop(self) -> None:
+        """End it, and whatever runs in it. Idempotent."""
+
+    async def wait(self) -> ExitInfo:
+        """Wait for its end."""
+
+    def status(self) -> SandboxStatus:
+        """Describe it, from memory."""
+
+    async def shutdown(self) -> None:
+        """Forget it: the shim is of no more use. Idempotent, in every state."""
 
 
 class EventSink(Protocol):

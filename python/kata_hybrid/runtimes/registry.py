@@ -1,15 +1,25 @@
 """Runtimes by name (``runtime.name`` of the configuration): for now ``virt_container`` alone."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from kata_hybrid.agent.logger import StreamOpener
 from kata_hybrid.aio.process import ProcessReaper
 from kata_hybrid.persist.store import SandboxStore
-from kata_hybrid.runtimes.base import EventSink, Runtime
+from kata_hybrid.runtimes.base import EventSink, Runtime, Sandbox
 from kata_hybrid.runtimes.oci.hooks import HookRunner
 from kata_hybrid.runtimes.virt.factory import VirtGuestFactory
+from kata_hybrid.runtimes.virt.pod import PodSandbox
 from kata_hybrid.runtimes.virt.sandbox import VirtSandbox
 from kata_hybrid.types import SandboxId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A sandbox from both of its sides."""
+
+    runtime: Runtime
+    sandbox: Sandbox
 
 
 def build_runtime(
@@ -19,7 +29,7 @@ def build_runtime(
     run_dir: Path,
     config_path: Path | None,
     sink: EventSink,
-) -> Runtime:
+) -> Built:
     """Make the runtime of one sandbox, on the running loop; nothing is started.
 
     Args:
@@ -30,7 +40,7 @@ def build_runtime(
         sink: where its events go.
     """
     reaper = ProcessReaper()
-    return VirtSandbox(
+    runtime = VirtSandbox(
         guest_factory=VirtGuestFactory(
             sandbox_id, namespace=namespace, run_dir=run_dir, config_path=config_path, reaper=reaper
         ),
@@ -39,3 +49,4 @@ def build_runtime(
         events=sink,
         hooks=HookRunner(reaper),
     )
+    return Built(runtime=runtime, sandbox=PodSandbox(sandbox_id, runtime))

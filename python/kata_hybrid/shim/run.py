@@ -83,8 +83,8 @@ class ShimContext:
 class Services:
     """What the server needs to know of the services it serves."""
 
-    methods: Mapping[str, Method]
-    """The methods of the task service."""
+    methods: Mapping[str, Mapping[str, Method]]
+    """Those of each service, by its name."""
     is_empty: Callable[[], bool]
     """No container exists, so that exiting loses nothing."""
     is_over: Callable[[], bool]
@@ -99,7 +99,7 @@ BuildServices = Callable[[ShimContext, EventPublisher, Callable[[], None]], Serv
 def build_services(
     context: ShimContext, events: EventPublisher, on_shutdown: Callable[[], None]
 ) -> Services:
-    """Make the task service and everything below it.
+    """Make the services and everything below them.
 
     ``on_shutdown`` is called by the service when the shim shall exit; it returns at once.
 
@@ -111,19 +111,22 @@ def build_services(
 
     from kata_hybrid.runtimes import registry
     from kata_hybrid.service import convert
+    from kata_hybrid.service.sandbox import SERVICE_NAME, SandboxService
     from kata_hybrid.service.task import PublishingSink, TaskService
 
     type_url, value = context.options or ("", b"")
-    runtime = registry.build_runtime(
+    built = registry.build_runtime(
         sandbox_id=context.sandbox_id,
         namespace=context.namespace,
         run_dir=context.run_dir,
         config_path=convert.config_path(AnyMessage(type_url=type_url, value=value)),
         sink=PublishingSink(events),
     )
-    service = TaskService(runtime, on_shutdown=on_shutdown)
+    runtime = built.runtime
+    tasks = TaskService(runtime, on_shutdown=on_shutdown).methods()
+    sandbox = SandboxService(built.sandbox, on_shutdown=on_shutdown).methods()
     return Services(
-        methods=service.methods(),
+        methods={**dict.fromkeys(TASK_SERVICES, tasks), SERVICE_NAME: sandbox},
         is_empty=lambda: runtime.is_empty,
         is_over=lambda: runtime.is_over,
         close=runtime.close,
@@ -306,7 +309,7 @@ def _build(
         _LOG.exception("cannot build the services")
         from kata_hybrid.service.broken import broken_services
 
-        methods = broken_services(exc, on_shutdown=on_shutdown)
+        methods = dict.fromkeys(TASK_SERVICES, broken_services(exc, on_shutdown=on_shutdown))
         return Services(
             methods=methods, is_empty=lambda: True, is_over=lambda: False, close=_nothing
         )
@@ -324,12 +327,11 @@ def _failing(error: Exception) -> BuildServices:
 
 def _make_server(context: ShimContext, services: Services) -> Any:
     """Return a server of the protocol that was announced."""
-    table = dict.fromkeys(TASK_SERVICES, services.methods)
     if context.protocol != "grpc":
-        return Server(table)
+        return Server(services.methods)
     from kata_hybrid.shim.grpc_server import GrpcServer
 
-    return GrpcServer(table, path=context.socket_path, on_ready=_tell_ready)
+    return GrpcServer(services.methods, path=context.socket_path, on_ready=_tell_ready)
 
 
 def _listener(arguments: Arguments, context: ShimContext) -> socket.socket | None:

@@ -1,7 +1,10 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from harness.loop import on_loop
+from kata_hybrid.errors import NotFoundError
 from kata_hybrid.runtimes.base import TaskEvent
 from kata_hybrid.runtimes.registry import build_runtime
 from kata_hybrid.runtimes.virt.sandbox import VirtSandbox
@@ -21,14 +24,17 @@ class Sink:
 @on_loop
 async def test_a_runtime_is_made_without_starting_anything(tmp_path: Path) -> None:
     sink = Sink()
-    runtime = build_runtime(
+    built = build_runtime(
         sandbox_id=SandboxId("s"),
         namespace="k8s",
         run_dir=tmp_path,
         config_path=None,
         sink=sink,
     )
+    runtime = built.runtime
     assert isinstance(runtime, VirtSandbox)
+    with pytest.raises(NotFoundError):
+        built.sandbox.status()
     assert runtime.is_empty
     assert runtime.task_pid(ContainerId("c1")) == 0
     assert os.listdir(tmp_path) == []  # noqa: PTH208 - instantly done

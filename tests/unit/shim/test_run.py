@@ -16,7 +16,7 @@ from harness.loop import on_loop
 from kata_hybrid.errors import InvalidConfigError, KataError, NotFoundError
 from kata_hybrid.protos import containerd_events_pb2, events_forward_pb2, task_pb2
 from kata_hybrid.service.events import METHOD, SERVICE, EventPublisher
-from kata_hybrid.shim.run import BuildServices, Services, ShimContext, run
+from kata_hybrid.shim.run import TASK_SERVICES, BuildServices, Services, ShimContext, run
 from kata_hybrid.ttrpc.client import Client
 from kata_hybrid.ttrpc.server import Method, Server
 from kata_hybrid.types import SandboxId
@@ -40,11 +40,12 @@ class Service:
     ) -> Services:
         self.events = events
         self.on_shutdown = on_shutdown
+        methods = {
+            "Connect": Method(request_type=task_pb2.ConnectRequest, handler=self.connect),
+            "Shutdown": Method(request_type=task_pb2.ShutdownRequest, handler=self.shutdown),
+        }
         return Services(
-            methods={
-                "Connect": Method(request_type=task_pb2.ConnectRequest, handler=self.connect),
-                "Shutdown": Method(request_type=task_pb2.ShutdownRequest, handler=self.shutdown),
-            },
+            methods=dict.fromkeys(TASK_SERVICES, methods),
             is_empty=lambda: self.is_empty,
             is_over=lambda: self.is_over,
             close=self.close,

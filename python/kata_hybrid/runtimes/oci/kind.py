@@ -8,8 +8,10 @@ SINGLE = "single_container"
 SANDBOX = "pod_sandbox"
 CONTAINER = "pod_container"
 
+CRI_KIND = "io.kubernetes.cri.container-type"
+CRI_SANDBOX = "sandbox"
 _KINDS = {
-    "io.kubernetes.cri.container-type": {"sandbox": SANDBOX, "container": CONTAINER},
+    CRI_KIND: {CRI_SANDBOX: SANDBOX, "container": CONTAINER},
     "io.kubernetes.cri-o.ContainerType": {"sandbox": SANDBOX, "container": CONTAINER},
     "io.kubernetes.docker.type": {"podsandbox": SANDBOX, "container": CONTAINER},
 }

@@ -6,6 +6,7 @@ the sandbox's business (``sandbox.py``); this holds what belongs together.
 """
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,13 +17,14 @@ from kata_hybrid.resource.rootfs.block import BlockRootfs, is_block_rootfs
 from kata_hybrid.resource.rootfs.shared import SharedRootfs
 from kata_hybrid.runtimes.base import CreateRequest
 from kata_hybrid.runtimes.oci.rewrite import guest_spec
-from kata_hybrid.runtimes.oci.spec import Spec
+from kata_hybrid.runtimes.oci.spec import Spec, SpecMount
 from kata_hybrid.runtimes.virt.guest import Guest
 from kata_hybrid.runtimes.virt.process import Process
 from kata_hybrid.runtimes.virt.volumes import Volumes
 from kata_hybrid.types import ContainerId, ExecId, JsonObject
 
 _REMOVE_TIMEOUT_S = 10
+_POD_FILE = ("rbind", "rw")
 
 
 class Container:
@@ -58,13 +60,28 @@ class Container:
             message = f"exec {exec_id} of container {self.id} not found"
             raise ProcessNotFoundError(message) from None
 
-    async def create(self, agent: Agent, *, is_seccomp_disabled: bool) -> None:
+    async def create(
+        self,
+        agent: Agent,
+        *,
+        is_seccomp_disabled: bool,
+        pod_files: Mapping[str, str] | None = None,
+    ) -> None:
         """Create it in the guest.
+
+        ``pod_files`` are sources in the guest by the places that they are mounted at, unless the
+        spec has a mount there.
 
         Raises:
             KataError: whatever the agent answered.
         """
         mounts = [await self._volumes.add_mount(mount) for mount in self.spec.mounts]
+        taken = {mount.destination for mount in mounts}
+        mounts += [
+            SpecMount(destination=place, type="bind", source=source, options=_POD_FILE)
+            for place, source in (pod_files or {}).items()
+            if place not in taken
+        ]
         for node in self.spec.block_nodes:
             await self._volumes.add_device(node)
         spec = guest_spec(

@@ -14,14 +14,15 @@ so a transition is never half done.
 """
 
 import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING, Final
 
-from kata_hybrid.errors import InvalidStateError
+from kata_hybrid.errors import InvalidStateError, NotFoundError, UnavailableError
 from kata_hybrid.types import ContainerId, ExecId, ExitInfo, ProcessState, Stdio, TaskStatus
 
 if TYPE_CHECKING:
-    from kata_hybrid.agent.base import StreamCopies
+    from kata_hybrid.agent.base import Agent, StreamCopies
     from kata_hybrid.agent.streams import HostStreams
 
 _ALLOWED: Final[dict[str, frozenset[TaskStatus]]] = {
@@ -126,6 +127,27 @@ class Process:
             message = f"{self} has no exit"
             raise AssertionError(message)
         return self._exit
+
+    async def run(self, agent: "Agent") -> None:
+        """Take note that it runs in the guest, and connect its streams.
+
+        Raises:
+            UnavailableError: it was ended meanwhile.
+        """
+        if self.is_stopped:
+            message = f"{self} ended while it was started"
+            raise UnavailableError(message)
+        self.move(TaskStatus.RUNNING)
+        if self.streams is not None:
+            self.copies = agent.copy_streams(self.container_id, self.exec_id, streams=self.streams)
+        if self.is_stdin_closed:
+            self.close_stdin()
+        if self.window is not None:
+            rows, columns = self.window
+            with contextlib.suppress(NotFoundError):
+                await agent.resize_terminal(
+                    self.container_id, self.exec_id, rows=rows, columns=columns
+                )
 
     def close_stdin(self) -> None:
         """Let stdin end, now or as soon as the process runs."""

@@ -15,7 +15,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from enum import Enum
 from typing import Final
 
 from kata_hybrid.agent import convert
@@ -27,11 +26,11 @@ from kata_hybrid.errors import (
     ExecExistsError,
     FailedPreconditionError,
     KataError,
-    NotFoundError,
     ProcessNotFoundError,
     UnavailableError,
 )
 from kata_hybrid.persist.store import SandboxStore
+from kata_hybrid.resource.pod_files import write_pod_files
 from kata_hybrid.runtimes.base import (
     CreateRequest,
     EventSink,
@@ -51,6 +50,7 @@ from kata_hybrid.runtimes.virt.containers import Containers
 from kata_hybrid.runtimes.virt.exits import KILLED_STATUS, LOST_STATUS, Exits
 from kata_hybrid.runtimes.virt.guest import Guest
 from kata_hybrid.runtimes.virt.process import Process
+from kata_hybrid.runtimes.virt.state import NOT_BOOTED, SandboxState
 from kata_hybrid.types import (
     ContainerId,
     ContainerStats,
@@ -70,18 +70,6 @@ _ENDING_SIGNALS: Final = frozenset({SIGKILL, 15})
 """The agent turns SIGTERM for a process that cannot handle it into SIGKILL."""
 
 
-class SandboxState(Enum):
-    """Where the sandbox is in the drawing."""
-
-    EMPTY = "empty"
-    WAITING = "waiting for its start"
-    BOOTING = "booting"
-    READY = "ready"
-    LOST = "lost"
-    CLOSED = "closed"
-
-
-_NOT_BOOTED: Final = frozenset({SandboxState.EMPTY, SandboxState.WAITING})
 GuestFactory = Callable[[CreateRequest, oci_spec.Spec], Awaitable[Guest]]
 
 
@@ -115,6 +103,9 @@ class VirtSandbox:
         self._state = SandboxState.EMPTY
         self._guest: Guest | None = None
         self._create_lock = asyncio.Lock()
+        self.held_as: ContainerId | None = None
+        """By whom it is wanted for its own sake, so that it outlives its last container."""
+        self._pod_files: dict[str, str] = {}
 
     # --- create -----------------------------------------------------------------------------
 
@@ -151,7 +142,7 @@ class VirtSandbox:
                 self._state, self._guest = SandboxState.WAITING, guest
             else:
                 await self._bring_in(guest, container)
-            self._store.update(containers=(*self._containers.ids, container.id))
+            self._store.update(containers=(*self._recorded, container.id))
             undo.pop_all()
         self._containers.add(container)
         self._events.emit(
@@ -164,14 +155,38 @@ class VirtSandbox:
             )
         )
 
-    async def _boot(self, guest: Guest, spec: oci_spec.Spec) -> None:
+    async def boot(
+        self, request: CreateRequest, spec: oci_spec.Spec, *, resolver: tuple[str, ...]
+    ) -> int:
+        """Bring the guest up before there is a container; it stays until :meth:`close`."""
+        async with self._create_lock, contextlib.AsyncExitStack() as undo:
+            if self._state is not SandboxState.EMPTY:
+                message = f"sandbox is {self._state.value}: it cannot be started"
+                raise FailedPreconditionError(message)
+            self.held_as = request.container_id
+            undo.push_async_callback(self.close)
+            guest = await self._guest_factory(request, spec)
+            undo.push_async_callback(guest.stop)
+            self._pod_files = write_pod_files(
+                guest.folder, hostname=spec.hostname, resolver=resolver
+            )
+            await self._boot(guest, hostname=spec.hostname, resolver=resolver)
+            undo.pop_all()
+        return self._task_pid()
+
+    async def lost(self) -> None:
+        """Wait until the guest is gone."""
+        if self._guest is not None:
+            await self._guest.lost()
+
+    async def _boot(self, guest: Guest, *, hostname: str, resolver: tuple[str, ...]) -> None:
         self._state = SandboxState.BOOTING
         self._guest = guest
-        self._store.update()
+        self._store.update(containers=self._recorded)
         try:
             await guest.start(
-                hostname=spec.hostname,
-                dns=spec.name_servers(),
+                hostname=hostname,
+                dns=resolver,
                 record=self._store.update,
             )
         except BaseException:
@@ -186,10 +201,13 @@ class VirtSandbox:
 
     async def _bring_in(self, guest: Guest, container: Container) -> None:
         """Create a container in the guest, which is booted if it has not been."""
-        if self._state in _NOT_BOOTED:
-            await self._boot(guest, container.spec)
+        if self._state in NOT_BOOTED:
+            spec = container.spec
+            await self._boot(guest, hostname=spec.hostname, resolver=spec.name_servers())
         self._ready_guest()
-        await container.create(guest.agent, is_seccomp_disabled=guest.is_seccomp_disabled)
+        await container.create(
+            guest.agent, is_seccomp_disabled=guest.is_seccomp_disabled, pod_files=self._pod_files
+        )
         if self._state is not SandboxState.READY:
             message = "the guest was lost while the container was created"
             raise UnavailableError(message)
@@ -223,7 +241,7 @@ class VirtSandbox:
 
     async def _start_container(self, guest: Guest, container: Container, process: Process) -> None:
         await guest.agent.start_container(container.id)
-        await self._run(guest, process)
+        await process.run(guest.agent)
         self._events.emit(TaskStarted(container_id=container.id, pid=self._task_pid()))
 
     async def _start_exec(
@@ -234,29 +252,10 @@ class VirtSandbox:
             raise FailedPreconditionError(message)
         process.streams = await self._streams.open(process.stdio, container_id=container.id)
         await guest.agent.exec_process(container.id, exec_id, process=container.exec_specs[exec_id])
-        await self._run(guest, process)
+        await process.run(guest.agent)
         self._events.emit(
             ExecStarted(container_id=container.id, exec_id=exec_id, pid=self._task_pid())
         )
-
-    async def _run(self, guest: Guest, process: Process) -> None:
-        """Connect the streams of a process that has just begun to run."""
-        if process.is_stopped:
-            message = f"{process} ended while it was started"
-            raise UnavailableError(message)
-        process.move(TaskStatus.RUNNING)
-        if process.streams is not None:
-            process.copies = guest.agent.copy_streams(
-                process.container_id, process.exec_id, streams=process.streams
-            )
-        if process.is_stdin_closed:
-            process.close_stdin()
-        if process.window is not None:
-            rows, columns = process.window
-            with contextlib.suppress(NotFoundError):
-                await guest.agent.resize_terminal(
-                    process.container_id, process.exec_id, rows=rows, columns=columns
-                )
 
     async def exec(
         self, container_id: ContainerId, exec_id: ExecId, *, process: JsonObject, stdio: Stdio
@@ -424,7 +423,7 @@ class VirtSandbox:
         with contextlib.suppress(KataError):
             # A full disk must not keep a container from being deleted; the old record errs on
             # the side of naming too much.
-            self._store.update(containers=self._containers.ids)
+            self._store.update(containers=self._recorded)
         self._events.emit(TaskDeleted(container_id=container.id, pid=pid, exit=ended))
 
     async def close(self) -> None:
@@ -463,8 +462,18 @@ class VirtSandbox:
 
     @property
     def is_empty(self) -> bool:
-        """No container is there or on its way."""
-        return self._containers.is_empty
+        """No container is there or on its way, nor is it held."""
+        return self._containers.is_empty and self.held_as is None
+
+    @property
+    def _recorded(self) -> tuple[ContainerId, ...]:
+        """Those for whose sake ``delete`` of another one must leave this process alone."""
+        return (*([self.held_as] if self.held_as else []), *self._containers.ids)
+
+    @property
+    def is_ready(self) -> bool:
+        """The guest is up."""
+        return self._state is SandboxState.READY
 
     @property
     def is_over(self) -> bool:
