@@ -316,3 +316,18 @@ def test_many_requests_in_flight_are_all_answered(shim: ShimConnection, running:
     replies = [shim.receive_any() for _ in streams]
     assert sorted(reply.stream for reply in replies) == streams
     assert {reply.code for reply in replies} == {0}
+
+
+@pytest.mark.newest
+@pytest.mark.timeout(300)
+def test_thousands_of_mounts_are_made_or_refused_and_none_is_left(
+    vm_containers: Containers, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mounted")
+    source = f"type=bind,src={tmp_path}/file,options=rbind:ro"
+    options = [
+        word for number in range(10_000) for word in ("--mount", f"{source},dst=/mnt/{number}")
+    ]
+    done = vm_containers.attempt("cat", "/mnt/9999", options=options, timeout_s=240)
+    assert done.text == "mounted" or done.status != 0
+    assert vm_containers.run("echo", "fine").text == "fine"

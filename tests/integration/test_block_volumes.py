@@ -18,6 +18,8 @@ from harness.deadline import wait_until
 from harness.leaks import find_processes
 from kata_hybrid.resource.volume.direct import DIRECT_VOLUMES
 
+pytestmark = pytest.mark.newest
+
 _MIB = 1 << 20
 
 

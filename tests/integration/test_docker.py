@@ -16,6 +16,8 @@ from harness.containers import Containers
 from harness.cri import GATEWAY, SUBNET, node_namespace, write_network
 from harness.daemon import Containerd, ContainerdInstall, private_containerd
 
+pytestmark = pytest.mark.newest
+
 BUILD = Path(__file__).resolve().parents[2] / "build"
 # Where ctr looks for plugins and networks; for it alone, so that nothing of the host's is changed.
 _PLACES = """

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -214,6 +215,42 @@ def test_containerd_killed_during_create_leaves_nothing(
     daemon.start()
     containers.remove(name)
     wait_until(lambda: not find_processes(daemon), what="no shim", timeout_s=90)
+
+
+@pytest.mark.newest
+@pytest.mark.timeout(400)
+def test_a_shim_killed_at_any_point_of_the_creation_leaves_nothing(
+    vm_containers: Containers, daemon: Containerd, tmp_path: Path
+) -> None:
+    mount = f"type=bind,src={tmp_path},dst=/data,options=rbind:rw"
+
+    def create(*, kill_after_s: float | None) -> float:
+        """Run a container; kill its shim so long after it came up, or say how long it took."""
+        name = vm_containers.new_id()
+        arguments = vm_containers.run_arguments(name, ["true"], ["--rm", "--mount", mount])
+        client = daemon.popen(*arguments)
+        try:
+            wait_until(lambda: list((daemon.run_dir / "sb").glob("*/shim.pid")), what="a shim")
+            began = time.monotonic()
+            if kill_after_s is not None:
+                time.sleep(kill_after_s)
+                for shim in (daemon.run_dir / "sb").glob("*/shim.pid"):
+                    with contextlib.suppress(ProcessLookupError, FileNotFoundError, IndexError):
+                        os.kill(int(shim.read_text().split()[0]), signal.SIGKILL)
+            client.communicate(timeout=60)
+            took: float = time.monotonic() - began
+        finally:
+            client.kill()
+            client.communicate()
+        vm_containers.remove(name)
+        wait_until(lambda: not find_processes(daemon), what="no process left", timeout_s=30)
+        wait_until(lambda: list((daemon.run_dir / "sb").iterdir()) == [], what="no sandbox left")
+        return took
+
+    whole = create(kill_after_s=None)
+    for number in range(10):
+        create(kill_after_s=whole * number / 10)
+    # Mounts, links, cgroups and files are compared after the test, as after each.
 
 
 def test_full_disk_for_state_is_told_and_survived(

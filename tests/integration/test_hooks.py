@@ -12,6 +12,8 @@ import pytest
 from harness.containers import Containers
 from harness.daemon import Output
 
+pytestmark = pytest.mark.newest
+
 _ENVIRONMENT = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]
 
 

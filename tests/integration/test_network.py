@@ -15,6 +15,8 @@ from harness.containers import Containers
 from harness.deadline import wait_until
 from harness.pods import Node, Pod, known_upper_kinds
 
+pytestmark = pytest.mark.newest
+
 _MIB = 1 << 20
 
 
@@ -109,6 +111,19 @@ def test_each_link_of_a_pod_is_a_card_of_the_guests(
     seen = containers.run("ip", "-o", "addr", options=pod.options).text
     assert "eth0    inet 10.88.0.2/24" in seen
     assert "net1    inet 10.89.0.2/24" in seen
+
+
+def test_of_two_default_routes_the_kernels_choice_is_the_guests(
+    containers: Containers, node: Node, pod: Pod
+) -> None:
+    node.join(pod, "net1", "10.89.0.2/24")
+    pod.ip("route", "add", "default", "via", "10.89.0.1", "dev", "net1", "metric", "200")
+    pod.ip(
+        "-6", "route", "add", "default", "via", "fd89::1", "dev", "net1", "metric", "2000", "onlink"
+    )
+    routes = containers.run("ip", "route", options=pod.options).text.splitlines()
+    defaults = [line for line in routes if line.startswith("default")]
+    assert defaults[0].startswith(f"default via {node.ADDRESS} dev eth0")
 
 
 def test_links_of_other_kinds_carry_frames(

@@ -1,7 +1,5 @@
 """Pods whose sandboxes the shim makes itself (containerd 2: ``sandboxer = "shim"``)."""
 
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +114,14 @@ def test_a_pod_outlives_a_restart_of_containerd(cri: Cri) -> None:
         cri.exec(pod.start(*_FOREVER, name="after"), "true")
 
 
+def test_sysctls_are_the_pods(cri: Cri) -> None:
+    sysctls = {"net.ipv4.ip_local_port_range": "40000 50000", "kernel.shm_rmid_forced": "1"}
+    with cri.pod(linux={"sysctls": sysctls}) as pod:
+        container = pod.start(*_FOREVER)
+        for name, value in sysctls.items():
+            assert cri.exec(container, "sysctl", "-n", name).split() == value.split()
+
+
 def test_a_pods_limits_size_its_machine(cri: Cri) -> None:
     resources = {"memory_limit_in_bytes": 300 << 20}
     with cri.pod(linux={"resources": resources}) as pod:
@@ -125,10 +131,9 @@ def test_a_pods_limits_size_its_machine(cri: Cri) -> None:
 
 
 def test_a_pod_whose_machine_is_lost_is_not_ready_and_can_be_removed(cri: Cri) -> None:
-    with cri.pod() as pod:
-        container = pod.start(*_FOREVER)
-        machines = find_processes(cri.containerd, name="qemu-system")
-        victims = machines or find_processes(cri.containerd, name="kata-hybrid")
-        os.kill(victims[0].pid, signal.SIGKILL)
+    privileged = {"security_context": {"privileged": True}}
+    with cri.pod(linux=privileged) as pod:
+        container = pod.start(*_FOREVER, linux=privileged)
+        cri.attempt("exec", "--sync", container, "sh", "-c", "echo c >/proc/sysrq-trigger")
         wait_until(lambda: not pod.is_ready(), what="the loss to be noticed", timeout_s=30)
         wait_until(lambda: cri.state(container) == "CONTAINER_EXITED", what="the container's end")

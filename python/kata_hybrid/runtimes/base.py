@@ -132,6 +132,7 @@ class SandboxRequest:
     network: str = ""
     """Path of the pod's network namespace; empty: it is to have no network."""
     annotations: dict[str, str] = field(default_factory=dict)
+    sysctls: dict[str, str] = field(default_factory=dict)
     cgroup_parent: str = ""
     cpu_quota_us: int = 0
     cpu_period_us: int = 0

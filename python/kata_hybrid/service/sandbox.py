@@ -156,6 +156,7 @@ def _described(request: sandbox_pb2.CreateSandboxRequest) -> SandboxRequest:
         resolver=_resolver(pod.dns_config),
         network=request.netns_path,
         annotations={**pod.annotations, **request.annotations},
+        sysctls=dict(pod.linux.sysctls),
         cgroup_parent=pod.linux.cgroup_parent,
         cpu_quota_us=limits.cpu_quota,
         cpu_period_us=limits.cpu_period,

@@ -4,6 +4,7 @@ Paths become guest paths; what only has a meaning on the host (namespace paths, 
 pinning, host hooks) is left out. Follows what Kata's runtimes send, so either agent understands it.
 """
 
+from collections.abc import Mapping
 from typing import Final
 
 from kata_hybrid.runtimes.oci.devices import guest_devices
@@ -26,6 +27,7 @@ def guest_spec(
     mounts: tuple[SpecMount, ...],
     bundle: str,
     is_seccomp_disabled: bool,
+    sysctls: Mapping[str, str] | None = None,
 ) -> JsonObject:
     """Rewrite ``spec`` for the guest.
 
@@ -35,6 +37,7 @@ def guest_spec(
         mounts: the spec's mounts with guest sources.
         bundle: the bundle folder, told to the agent in an annotation.
         is_seccomp_disabled: leave the seccomp profile out.
+        sysctls: the pod's; those of the spec win.
     """
     # Copied as deep as it is changed: how deep the rest goes is the user's choice.
     guest = dict(spec.raw)
@@ -54,6 +57,9 @@ def guest_spec(
     if is_seccomp_disabled:
         linux.pop("seccomp", None)
     linux["namespaces"] = _guest_namespaces(linux.get("namespaces") or [])
+    if sysctls:
+        own = as_object(linux.get("sysctl") or {}, "linux.sysctl")
+        linux["sysctl"] = {**sysctls, **own}
     devices, rules = guest_devices(linux, spec.block_nodes)
     if "devices" in linux:
         linux["devices"] = devices

@@ -7,6 +7,7 @@ the sandbox's business (``sandbox.py``); this holds what belongs together.
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,15 @@ from kata_hybrid.types import ContainerId, ExecId, JsonObject
 
 _REMOVE_TIMEOUT_S = 10
 _POD_FILE = ("rbind", "rw")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodDefaults:
+    """What each container of a pod has, unless its spec says otherwise."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Sources in the guest, by the places that they are mounted at."""
+    sysctls: Mapping[str, str] = field(default_factory=dict)
 
 
 class Container:
@@ -65,12 +75,9 @@ class Container:
         agent: Agent,
         *,
         is_seccomp_disabled: bool,
-        pod_files: Mapping[str, str] | None = None,
+        pod: PodDefaults,
     ) -> None:
         """Create it in the guest.
-
-        ``pod_files`` are sources in the guest by the places that they are mounted at, unless the
-        spec has a mount there.
 
         Raises:
             KataError: whatever the agent answered.
@@ -79,7 +86,7 @@ class Container:
         taken = {mount.destination for mount in mounts}
         mounts += [
             SpecMount(destination=place, type="bind", source=source, options=_POD_FILE)
-            for place, source in (pod_files or {}).items()
+            for place, source in pod.files.items()
             if place not in taken
         ]
         for node in self.spec.block_nodes:
@@ -90,6 +97,7 @@ class Container:
             mounts=tuple(mounts),
             bundle=str(self.request.bundle),
             is_seccomp_disabled=is_seccomp_disabled,
+            sysctls=pod.sysctls,
         )
         self._is_in_guest = True
         await agent.create_container(

@@ -58,7 +58,9 @@ class PodSandbox:
                     stdio=Stdio(),
                     config_path=None,
                 )
-                self._pid = await self._sandbox.boot(given, spec, resolver=request.resolver)
+                self._pid = await self._sandbox.boot(
+                    given, spec, resolver=request.resolver, sysctls=request.sysctls
+                )
                 self._has_come.set()
         return self.status()
 

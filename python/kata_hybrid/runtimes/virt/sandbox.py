@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from kata_hybrid.agent import convert
@@ -45,7 +45,7 @@ from kata_hybrid.runtimes.base import (
 from kata_hybrid.runtimes.oci import spec as oci_spec
 from kata_hybrid.runtimes.oci.hooks import HostHooks
 from kata_hybrid.runtimes.oci.rewrite import guest_resources
-from kata_hybrid.runtimes.virt.container import Container, Preparer, prepare
+from kata_hybrid.runtimes.virt.container import Container, PodDefaults, Preparer, prepare
 from kata_hybrid.runtimes.virt.containers import Containers
 from kata_hybrid.runtimes.virt.exits import KILLED_STATUS, LOST_STATUS, Exits
 from kata_hybrid.runtimes.virt.guest import Guest
@@ -105,7 +105,7 @@ class VirtSandbox:
         self._create_lock = asyncio.Lock()
         self.held_as: ContainerId | None = None
         """By whom it is wanted for its own sake, so that it outlives its last container."""
-        self._pod_files: dict[str, str] = {}
+        self._pod = PodDefaults()
 
     # --- create -----------------------------------------------------------------------------
 
@@ -156,7 +156,12 @@ class VirtSandbox:
         )
 
     async def boot(
-        self, request: CreateRequest, spec: oci_spec.Spec, *, resolver: tuple[str, ...]
+        self,
+        request: CreateRequest,
+        spec: oci_spec.Spec,
+        *,
+        resolver: tuple[str, ...],
+        sysctls: Mapping[str, str],
     ) -> int:
         """Bring the guest up before there is a container; it stays until :meth:`close`."""
         async with self._create_lock, contextlib.AsyncExitStack() as undo:
@@ -167,9 +172,8 @@ class VirtSandbox:
             undo.push_async_callback(self.close)
             guest = await self._guest_factory(request, spec)
             undo.push_async_callback(guest.stop)
-            self._pod_files = write_pod_files(
-                guest.folder, hostname=spec.hostname, resolver=resolver
-            )
+            files = write_pod_files(guest.folder, hostname=spec.hostname, resolver=resolver)
+            self._pod = PodDefaults(files=files, sysctls=sysctls)
             await self._boot(guest, hostname=spec.hostname, resolver=resolver)
             undo.pop_all()
         return self._task_pid()
@@ -206,7 +210,7 @@ class VirtSandbox:
             await self._boot(guest, hostname=spec.hostname, resolver=spec.name_servers())
         self._ready_guest()
         await container.create(
-            guest.agent, is_seccomp_disabled=guest.is_seccomp_disabled, pod_files=self._pod_files
+            guest.agent, is_seccomp_disabled=guest.is_seccomp_disabled, pod=self._pod
         )
         if self._state is not SandboxState.READY:
             message = "the guest was lost while the container was created"

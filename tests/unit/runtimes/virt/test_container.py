@@ -9,7 +9,7 @@ from harness.mounts import in_own_mounts, mount_points
 from kata_hybrid.errors import InternalError, InvalidArgumentError, ProcessNotFoundError
 from kata_hybrid.runtimes.base import CreateRequest
 from kata_hybrid.runtimes.oci.spec import Spec, parse
-from kata_hybrid.runtimes.virt.container import Container, prepare
+from kata_hybrid.runtimes.virt.container import Container, PodDefaults, prepare
 from kata_hybrid.testing.fake_agent import FakeAgent
 from kata_hybrid.testing.fake_guest import FakeGuest
 from kata_hybrid.types import (
@@ -123,7 +123,7 @@ async def test_an_image_is_a_disk_for_as_long_as_the_container(tmp_path: Path) -
     image.touch()
     await world.guest.machine.start()
     container = await world.prepared(Mount(type="ext4", source=str(image), options=("loop", "ro")))
-    await container.create(world.agent, is_seccomp_disabled=False)
+    await container.create(world.agent, is_seccomp_disabled=False, pod=PodDefaults())
     (disk,) = world.guest.machine.disks
     assert (disk.path, disk.is_read_only) == (image, True)
     (storage,) = world.agent.storages
@@ -144,7 +144,7 @@ async def test_binds_come_through_the_shared_folder(tmp_path: Path) -> None:
         {"destination": "/proc", "type": "proc", "source": "proc"},
     ]
     container = await world.prepared(mounts=mounts)
-    await container.create(world.agent, is_seccomp_disabled=False)
+    await container.create(world.agent, is_seccomp_disabled=False, pod=PodDefaults())
     data, proc = world.agent.spec["mounts"]
     assert (data["type"], data["options"]) == ("bind", ["bind"])
     relative = Path(data["source"]).relative_to(world.guest.folder.guest_path)
@@ -154,12 +154,30 @@ async def test_binds_come_through_the_shared_folder(tmp_path: Path) -> None:
 
 @in_own_mounts
 @on_loop
+async def test_what_is_the_pods_is_the_containers_unless_it_has_its_own(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    (tmp_path / "hosts").touch()
+    mounts = [{"destination": "/etc/hosts", "type": "bind", "source": f"{tmp_path}/hosts"}]
+    container = await world.prepared(mounts=mounts, linux={"sysctl": {"a.b": "own"}})
+    pod = PodDefaults(
+        files={"/etc/hosts": "/pod/hosts", "/etc/hostname": "/pod/hostname"},
+        sysctls={"a.b": "pod's", "c.d": "pod's"},
+    )
+    await container.create(world.agent, is_seccomp_disabled=False, pod=pod)
+    sources = {each["destination"]: each["source"] for each in world.agent.spec["mounts"]}
+    assert sources["/etc/hostname"] == "/pod/hostname"
+    assert sources["/etc/hosts"].endswith("+hosts")
+    assert world.agent.spec["linux"]["sysctl"] == {"a.b": "own", "c.d": "pod's"}
+
+
+@in_own_mounts
+@on_loop
 async def test_a_relative_bind_is_the_bundles(tmp_path: Path) -> None:
     world = World(tmp_path)
     (world.bundle / "conf").write_text("from the bundle")
     mounts = [{"destination": "/conf", "type": "bind", "source": "conf"}]
     container = await world.prepared(mounts=mounts)
-    await container.create(world.agent, is_seccomp_disabled=False)
+    await container.create(world.agent, is_seccomp_disabled=False, pod=PodDefaults())
     source = Path(world.agent.spec["mounts"][0]["source"])
     relative = source.relative_to(world.guest.folder.guest_path)
     assert (world.shared / relative).read_text() == "from the bundle"
@@ -171,7 +189,7 @@ async def test_a_relative_bind_is_the_bundles(tmp_path: Path) -> None:
 async def test_a_shared_pid_namespace_is_told(path: str, *, expected: bool, tmp_path: Path) -> None:
     world = World(tmp_path)
     container = await world.prepared(linux={"namespaces": [{"type": "pid", "path": path}]})
-    await container.create(world.agent, is_seccomp_disabled=False)
+    await container.create(world.agent, is_seccomp_disabled=False, pod=PodDefaults())
     assert world.agent.has_sandbox_pidns is expected
 
 
@@ -182,7 +200,7 @@ async def test_release_gives_everything_back_and_repeats(tmp_path: Path) -> None
     (tmp_path / "data").mkdir()
     mounts = [{"destination": "/data", "type": "bind", "source": f"{tmp_path}/data"}]
     container = await world.prepared(mounts=mounts)
-    await container.create(world.agent, is_seccomp_disabled=False)
+    await container.create(world.agent, is_seccomp_disabled=False, pod=PodDefaults())
     assert len(mount_points(world.shared)) == 2
     container.release()
     container.release()
@@ -198,7 +216,7 @@ async def test_a_container_is_removed_once_and_only_if_it_was_created(tmp_path: 
     container = await world.prepared()
     await container.remove(world.agent)
     assert world.agent.removed == []
-    await container.create(world.agent, is_seccomp_disabled=False)
+    await container.create(world.agent, is_seccomp_disabled=False, pod=PodDefaults())
     await container.remove(world.agent)
     await container.remove(world.agent)
     assert world.agent.removed == [C1]
@@ -211,7 +229,7 @@ async def test_a_create_that_failed_in_the_guest_is_removed_there(tmp_path: Path
     container = await world.prepared()
     world.agent.failures["create_container"] = InternalError("no such program")
     with pytest.raises(InternalError):
-        await container.create(world.agent, is_seccomp_disabled=False)
+        await container.create(world.agent, is_seccomp_disabled=False, pod=PodDefaults())
     await container.remove(world.agent)
     assert world.agent.removed == [C1]
 
