@@ -169,6 +169,40 @@ def _is_open(containers: Containers, pod: str, path: Path) -> bool:
     )
 
 
+def test_an_empty_dir_is_a_disk_of_the_pods_if_it_is_to_be(
+    vm_containers: Containers, configuration: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "configuration.toml"
+    shutil.copy(configuration, path)
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d" / "10-block").write_text('[runtime]\nemptydir_mode = "block-plain"\n')
+    containers = Containers(
+        vm_containers.containerd,
+        runtime=vm_containers.runtime,
+        image=vm_containers.image,
+        boot_timeout_s=vm_containers.boot_timeout_s,
+        configuration=path,
+    )
+    volume = tmp_path / "kubernetes.io~empty-dir" / "cache"
+    volume.mkdir(parents=True)
+    volume.chmod(0o777)
+    mount = ("--mount", f"type=bind,src={volume},dst=/data,options=rbind:rw")
+    pod = containers.new_id()
+    with containers.detached(
+        "sleep", "1000", options=("--null-io", *_pod(pod, "sandbox")), container_id=pod
+    ):
+        for number in range(2):
+            options = ("--null-io", *_pod(pod, "container"), *mount)
+            with containers.detached("sleep", "1000", options=options) as name:
+                seen = containers.exec(name, "grep", " /data ", "/proc/mounts").text
+                assert seen.startswith("/dev/vd")
+                assert containers.exec(name, "stat", "-c", "%a", "/data").text == "777"
+                containers.exec(name, "sh", "-c", f"echo {number} >>/data/numbers")
+                expected = "".join(f"{each}\n" for each in range(number + 1)).strip()
+                assert containers.exec(name, "cat", "/data/numbers").text == expected
+    assert [each.name for each in volume.iterdir()] == ["disk.img"]
+
+
 def test_what_was_synced_survives_the_machine(qemu_containers: Containers, volume: Volume) -> None:
     script = "echo kept >/data/kept; sync /data/kept; echo done; sleep 1000"
     with qemu_containers.detached(

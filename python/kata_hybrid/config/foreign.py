@@ -222,7 +222,6 @@ FOREIGN: Mapping[Table, Mapping[str, ForeignKey]] = {
         "jaeger_user": TUNING,
         "jaeger_password": TUNING,
         "enable_pprof": IGNORED,
-        "emptydir_mode": ForeignKey(_one_of("", "shared-fs", "block-plain"), _WEAKER),
         "disable_guest_empty_dir": TUNING,
         "vfio_mode": TUNING,
         "keep_abnormal": IGNORED,

@@ -51,6 +51,13 @@ class NetworkModel(Enum):
     NONE = "none"
 
 
+class EmptyDirMode(Enum):
+    """What an ``emptyDir`` on disk is in the guest (key ``emptydir_mode``)."""
+
+    SHARED = "shared-fs"
+    BLOCK = "block-plain"
+
+
 class BlockEngine(Enum):
     """Who does the I/O of disks (key ``block_device_aio``)."""
 
@@ -193,6 +200,8 @@ class RuntimeConfig:
     """Key ``internetworking_model``."""
     enable_annotations: Patterns = ANY
     """As in ``[hypervisor.…]``; in Kata any is allowed."""
+    empty_dir_mode: EmptyDirMode = EmptyDirMode.SHARED
+    """Key ``emptydir_mode``."""
     sandbox_cgroup_only: bool = False
     """The machine and all that serves it are in the pod's cgroup."""
     is_sized_by_limits: bool = True

@@ -137,6 +137,10 @@ MEANINGS: Final[Mapping[Table, Mapping[str, str]]] = {
             "frames; `none` makes the card and leaves the rest to somebody else"
         ),
         "enable_annotations": "names below `io.katacontainers.config.runtime.` that pods may use",
+        "emptydir_mode": (
+            "what an `emptyDir` on disk is in the guest: `shared-fs`, the host's folder; "
+            "`block-plain`, a disk in it, which its containers share (needs e2fsprogs)"
+        ),
         "sandbox_cgroup_only": (
             "the machine and all that serves it are in the pod's cgroup (see below); `false`:"
             " they stay where containerd is"

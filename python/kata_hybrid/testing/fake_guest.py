@@ -36,6 +36,7 @@ class FakeGuest:
         self.awaits_links = False
         self.machine = FakeHypervisor(run_dir=folder)
         self.disks = Disks(self.machine)
+        self.empty_dirs = None
         self.is_seccomp_disabled = False
         self.details = GuestDetails(
             agent_version="fake",
@@ -142,5 +143,7 @@ class FakeStreams:
 async def prepare_nothing(request: CreateRequest, spec: Spec, *, guest: Guest) -> Container:
     """Prepare a container without touching the host."""
     name = request.container_id
-    volumes = Volumes(folder=guest.folder, disks=guest.disks, bundle=request.bundle, name=name)
+    volumes = Volumes(
+        folder=guest.folder, disks=guest.disks, empty_dirs=None, bundle=request.bundle, name=name
+    )
     return Container(request, spec, rootfs=FakeRootfs(), volumes=volumes)

@@ -451,9 +451,7 @@ def test_a_file_that_describes_another_monitor_only_is_refused(tmp_path: Path) -
     assert "describes hypervisor.firecracker alone" in text
 
 
-@pytest.mark.parametrize(
-    "line", ["emptydir_mode = 'block-encrypted'", "experimental = ['force_guest_pull']"]
-)
+@pytest.mark.parametrize("line", ["experimental = ['force_guest_pull']"])
 def test_what_the_runtime_would_leave_unprotected_is_refused(tmp_path: Path, line: str) -> None:
     assert "not implemented" in refused(tmp_path, f"[runtime]\n{line}\n")
 

@@ -14,7 +14,7 @@ from typing import Final
 from kata_hybrid.persist.mounts import file_system_at
 from kata_hybrid.types import GuestStorage
 
-_EMPTY_DIR: Final = "kubernetes.io~empty-dir"
+EMPTY_DIR: Final = "kubernetes.io~empty-dir"
 """Where the kubelet has a pod's volumes of that kind, each named as in the pod."""
 GUEST_FOLDER: Final = "/run/kata-containers/sandbox/ephemeral"
 
@@ -26,7 +26,7 @@ def ephemeral_storage(source: str) -> GuestStorage | None:
     """
     path = Path(os.path.normpath(source))
     # Most sources are told by their name; the mounts of a node may be thousands.
-    if path.parent.name != _EMPTY_DIR:
+    if path.parent.name != EMPTY_DIR:
         return None
     mounted = file_system_at(os.fspath(path))
     if mounted is None or mounted[0] != "tmpfs":

@@ -147,7 +147,13 @@ async def prepare(request: CreateRequest, spec: Spec, *, guest: Guest) -> Contai
         KataError: it is not there or the kernel refused; nothing is left.
     """
     name = request.container_id
-    volumes = Volumes(folder=guest.folder, disks=guest.disks, bundle=request.bundle, name=name)
+    volumes = Volumes(
+        folder=guest.folder,
+        disks=guest.disks,
+        empty_dirs=guest.empty_dirs,
+        bundle=request.bundle,
+        name=name,
+    )
     if is_block_rootfs(request.rootfs):
         (entry,) = request.rootfs
         disk = await volumes.attach(Path(entry.source), is_read_only="ro" in entry.options)

@@ -17,7 +17,7 @@ from kata_hybrid.aio.events import NativeEvents
 from kata_hybrid.aio.process import ProcessReaper
 from kata_hybrid.config.annotations import annotated
 from kata_hybrid.config.load import load_config
-from kata_hybrid.config.model import Config
+from kata_hybrid.config.model import Config, EmptyDirMode
 from kata_hybrid.errors import UnimplementedError
 from kata_hybrid.hypervisor.probe import HostReport, probe_host
 from kata_hybrid.hypervisor.selection import (
@@ -144,6 +144,9 @@ class VirtGuestFactory:
                 model=config.runtime.network_model,
                 reaper=self._reaper,
                 is_own=is_own,
+            ),
+            empty_dir_maker=(
+                self._reaper if config.runtime.empty_dir_mode is EmptyDirMode.BLOCK else None
             ),
             task_pid=os.getpid() if is_own else None,
             # Older ones make the links by a hook.

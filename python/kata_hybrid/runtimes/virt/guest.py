@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 from kata_hybrid.agent.base import Agent
 from kata_hybrid.aio.ending import Ending
+from kata_hybrid.aio.process import ProcessReaper
 from kata_hybrid.aio.supervisor import Supervisor
 from kata_hybrid.config.model import FORWARD_PORT, AgentConfig
 from kata_hybrid.errors import KataError, VmExitedError, VmmError
@@ -25,6 +26,7 @@ from kata_hybrid.resource.cgroup import SandboxCgroup
 from kata_hybrid.resource.disks import Disks
 from kata_hybrid.resource.network.base import Network
 from kata_hybrid.resource.share_fs.base import SharedFolder, ShareFs
+from kata_hybrid.resource.volume.empty_dir import BlockEmptyDirs
 from kata_hybrid.types import (
     GuestDetails,
     GuestStorage,
@@ -85,6 +87,10 @@ class Guest(Protocol):
         """The disks of its machine."""
 
     @property
+    def empty_dirs(self) -> BlockEmptyDirs | None:
+        """What makes disks of a pod's ``emptyDir`` volumes; nothing if they are shared."""
+
+    @property
     def awaits_links(self) -> bool:
         """Links of its network come between create and start: it is not to boot before."""
 
@@ -130,18 +136,23 @@ class VirtGuest:
         config: AgentConfig,
         is_seccomp_disabled: bool,
         resources: contextlib.ExitStack,
+        empty_dir_maker: ProcessReaper | None = None,
         task_pid: int | None = None,
         awaits_links: bool = False,
     ) -> None:
         """Compose the parts; nothing is started.
 
-        ``resources`` is what the parts stand on, closed after they are stopped. ``task_pid``
-        stands for the guest's processes in the machine's stead.
+        ``resources`` is what the parts stand on, closed after they are stopped. With an
+        ``empty_dir_maker``, ``emptyDir`` volumes are disks. ``task_pid`` stands for the guest's
+        processes in the machine's stead.
         """
         self.agent = agent
         self.is_seccomp_disabled = is_seccomp_disabled
         self.awaits_links = awaits_links
         self.disks = Disks(hypervisor)
+        self.empty_dirs = (
+            BlockEmptyDirs(self.disks, reaper=empty_dir_maker) if empty_dir_maker else None
+        )
         self.task_pid = task_pid or 0
         self._sandbox_id = sandbox_id
         self._hypervisor = hypervisor

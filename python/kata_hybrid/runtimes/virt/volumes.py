@@ -2,6 +2,7 @@
 
     a bind of     a tmpfs of the pod's       ─▶ a tmpfs of the guest's       (ephemeral.py)
                   a path that is described   ─▶ a disk, mounted in the guest (direct.py)
+                  an emptyDir, if configured ─▶ a disk of the pod's          (empty_dir.py)
                   anything else              ─▶ a place in the shared folder (bind.py)
     a block device allowed for itself        ─▶ a disk, as it is             (block_node.py)
 
@@ -16,6 +17,7 @@ from kata_hybrid.resource.share_fs.base import SharedFolder
 from kata_hybrid.resource.volume.bind import BindVolumes
 from kata_hybrid.resource.volume.block_node import host_device
 from kata_hybrid.resource.volume.direct import direct_volume
+from kata_hybrid.resource.volume.empty_dir import BlockEmptyDirs
 from kata_hybrid.resource.volume.ephemeral import ephemeral_storage
 from kata_hybrid.runtimes.oci.devices import BlockNode
 from kata_hybrid.runtimes.oci.spec import SpecMount
@@ -25,8 +27,19 @@ from kata_hybrid.types import GuestDevice, GuestDisk, GuestStorage
 class Volumes:
     """The volumes of one container."""
 
-    def __init__(self, *, folder: SharedFolder, disks: Disks, bundle: Path, name: str) -> None:
-        """Nothing is acquired yet; ``name`` begins those of places in the shared folder."""
+    def __init__(
+        self,
+        *,
+        folder: SharedFolder,
+        disks: Disks,
+        empty_dirs: BlockEmptyDirs | None,
+        bundle: Path,
+        name: str,
+    ) -> None:
+        """Nothing is acquired yet; ``name`` begins those of places in the shared folder.
+
+        Without ``empty_dirs``, volumes of that kind are shared as any folder is.
+        """
         self.storages: list[GuestStorage] = []
         """What the agent mounts before the container."""
         self.devices: list[GuestDevice] = []
@@ -34,6 +47,7 @@ class Volumes:
         self._bundle = bundle
         self._binds = BindVolumes(folder, name=name)
         self._disks = disks
+        self._empty_dirs = empty_dirs
         self._attached: list[GuestDisk] = []
 
     async def attach(self, path: Path, *, is_read_only: bool) -> GuestDisk:
@@ -56,7 +70,7 @@ class Volumes:
             return mount
         # A relative source is relative to the bundle (config.md, "Mounts"); an empty one stays so.
         path = str(self._bundle / mount.source) if mount.source else ""
-        storage = ephemeral_storage(path) or await self._direct_storage(path)
+        storage = ephemeral_storage(path) or await self._disk_storage(path)
         if storage is not None:
             self.storages.append(storage)
             source = storage.mount_point
@@ -68,10 +82,10 @@ class Volumes:
             destination=mount.destination, type="bind", source=source, options=mount.options
         )
 
-    async def _direct_storage(self, source: str) -> GuestStorage | None:
+    async def _disk_storage(self, source: str) -> GuestStorage | None:
         volume = direct_volume(source) if source else None
         if volume is None:
-            return None
+            return await self._empty_dirs.storage(source) if self._empty_dirs and source else None
         disk = await self.attach(volume.device, is_read_only=volume.is_read_only)
         return volume.storage(disk)
 
