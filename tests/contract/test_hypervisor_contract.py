@@ -20,7 +20,8 @@ from kata_hybrid._native.events import EventPort
 from kata_hybrid.aio.events import NativeEvents
 from kata_hybrid.errors import InvalidArgumentError, InvalidStateError, KataError, VmmError
 from kata_hybrid.hypervisor.base import Hypervisor, MachineConfig
-from kata_hybrid.hypervisor.builtin import BuiltinHypervisor, BuiltinSettings
+from kata_hybrid.hypervisor.builtin import BuiltinHypervisor
+from kata_hybrid.hypervisor.builtin_settings import BuiltinSettings
 from kata_hybrid.testing.fake_hypervisor import FakeHypervisor
 from kata_hybrid.types import BlockDevice, HostFolder, VmExit
 from open_descriptors import open_descriptors

@@ -12,7 +12,8 @@ from kata_hybrid.agent.client import AgentClient
 from kata_hybrid.aio.events import NativeEvents
 from kata_hybrid.config.model import Config, HypervisorName
 from kata_hybrid.hypervisor.base import MachineConfig
-from kata_hybrid.hypervisor.builtin import BuiltinHypervisor, BuiltinSettings
+from kata_hybrid.hypervisor.builtin import BuiltinHypervisor
+from kata_hybrid.hypervisor.builtin_settings import BuiltinSettings
 from kata_hybrid.hypervisor.kernel_params import kernel_params
 from kata_hybrid.types import BlockDevice, GuestStorage, HostFolder, SandboxId
 from lab_guest.image import GuestImage

@@ -255,9 +255,12 @@ impl Container {
         });
     }
 
-    /// Ends what runs and frees what the container held. Never fails halfway: what cannot be freed
+    /// Ends what runs and frees what the container held. Never stops halfway: what cannot be freed
     /// is logged and left.
-    pub(crate) async fn remove(&self, sandbox: &Sandbox) {
+    ///
+    /// # Errors
+    /// Something may still use the storages.
+    pub(crate) async fn remove(&self, sandbox: &Sandbox) -> Result<()> {
         if let Err(error) = self.cgroup.kill() {
             log::warning("container", chain(&error));
         }
@@ -274,8 +277,13 @@ impl Container {
                 process.wait().await;
             }
         };
-        if timeout(KILL_DEADLINE, exits).await.is_err() {
-            log::warning("container", format!("{}: a process does not end", self.id));
+        let ended = timeout(KILL_DEADLINE, exits)
+            .await
+            .map_err(|_elapsed| AgentError::Timeout {
+                what: "the end of a process",
+            });
+        if let Err(error) = &ended {
+            log::warning("container", format!("{}: {}", self.id, chain(error)));
         }
         sandbox.oom.forget(&self.id);
         let (cgroup, bundle, state) = (
@@ -288,7 +296,7 @@ impl Container {
         });
         // A panic is the only failure, and panics end the agent.
         let _ = freed.await;
-        sandbox.storages.release(&self.storages).await;
+        ended.and(sandbox.storages.release(&self.storages).await)
     }
 }
 

@@ -250,7 +250,7 @@ impl Sandbox {
     /// Ends and forgets a container. Its id is free when this returns.
     ///
     /// # Errors
-    /// There is no such container.
+    /// There is no such container, or something may still use its storages.
     pub(crate) async fn remove(&self, id: &str) -> Result<()> {
         let container = {
             let mut containers = lock(&self.containers);
@@ -265,9 +265,9 @@ impl Sandbox {
                 }
             }
         };
-        container.remove(self).await;
+        let removed = container.remove(self).await;
         lock(&self.containers).remove(id);
-        Ok(())
+        removed
     }
 
     /// Ends every container.

@@ -57,7 +57,8 @@ impl StorageTable {
             match self.add_one(storage, devices).await {
                 Ok(mount_point) => added.push(mount_point),
                 Err(error) => {
-                    self.release(&added).await;
+                    // Logged; why they are given up is what is to be told.
+                    let _ = self.release(&added).await;
                     return Err(error);
                 }
             }
@@ -96,8 +97,12 @@ impl StorageTable {
         Ok(mount_point)
     }
 
-    /// Gives storages up, last first. What cannot be unmounted is logged.
-    pub(crate) async fn release(&self, mount_points: &[PathBuf]) {
+    /// Gives storages up, last first: all, whatever becomes of each.
+    ///
+    /// # Errors
+    /// The first that could not be unmounted: its disk may have to be written yet. All are logged.
+    pub(crate) async fn release(&self, mount_points: &[PathBuf]) -> Result<()> {
+        let mut released = Ok(());
         let mut entries = self.entries.lock().await;
         for mount_point in mount_points.iter().rev() {
             let Some(entry) = entries.get_mut(mount_point) else {
@@ -110,11 +115,15 @@ impl StorageTable {
             let is_mounted = entry.is_mounted;
             entries.remove(mount_point);
             let target = mount_point.clone();
-            let detached = tokio::task::spawn_blocking(move || detach(&target, is_mounted)).await;
-            if let Ok(Err(error)) = detached {
-                log::warning("storage", chain(&error));
+            let detached = tokio::task::spawn_blocking(move || detach(&target, is_mounted))
+                .await
+                .unwrap_or(Err(AgentError::TaskLost));
+            if let Err(error) = &detached {
+                log::warning("storage", chain(error));
             }
+            released = released.and(detached);
         }
+        released
     }
 }
 
@@ -208,9 +217,9 @@ mod tests {
         let storages = [storage.clone(), storage];
         let added = table.add(&storages, &devices).await.unwrap();
         assert!(path.is_dir());
-        table.release(&added[..1]).await;
+        table.release(&added[..1]).await.unwrap();
         assert_eq!(table.entries.lock().await.len(), 1);
-        table.release(&added[..1]).await;
+        table.release(&added[..1]).await.unwrap();
         assert!(table.entries.lock().await.is_empty());
     }
 }

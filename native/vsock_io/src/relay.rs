@@ -163,12 +163,12 @@ impl Relay {
             };
             context.set_interest(key, interest)?;
         }
-        if !self.lingers && (forth.is_shut != back.is_shut) {
-            let rest = if forth.is_shut { back } else { forth };
-            if rest.is_discarding {
-                self.lingers = true;
-                context.set_timer(LINGER_TIMER, Instant::now() + LINGER);
-            }
+        // Nothing is delivered any more: what is left is to wait for the ends of files.
+        let is_lingering = |direction: &Direction| direction.is_shut || direction.is_discarding;
+        let is_over = forth.is_shut && back.is_shut;
+        if !self.lingers && !is_over && is_lingering(forth) && is_lingering(back) {
+            self.lingers = true;
+            context.set_timer(LINGER_TIMER, Instant::now() + LINGER);
         }
         Ok(())
     }

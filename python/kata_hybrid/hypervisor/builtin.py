@@ -24,11 +24,10 @@ from typing import Literal, TypedDict
 from kata_hybrid._native import vmm
 from kata_hybrid.aio.blocking import begin_in_thread, call_in_thread
 from kata_hybrid.aio.events import NativeEvents
-from kata_hybrid.config.model import BlockEngine, BuiltinConfig
+from kata_hybrid.config.model import BlockEngine
 from kata_hybrid.errors import (
     InternalError,
     InvalidArgumentError,
-    InvalidConfigError,
     InvalidStateError,
     KataError,
     KvmAccessError,
@@ -36,6 +35,7 @@ from kata_hybrid.errors import (
     VmmError,
 )
 from kata_hybrid.hypervisor.base import MachineConfig, check_serial
+from kata_hybrid.hypervisor.builtin_settings import BuiltinSettings, DiskLimit
 from kata_hybrid.hypervisor.console import OutputReader, printable_lines
 from kata_hybrid.hypervisor.vsock import USER_GUEST_CID, free_hybrid_path, hybrid_address
 from kata_hybrid.types import (
@@ -56,60 +56,11 @@ _CALL_TIMEOUT_S = 30.0
 _MAX_DISKS = 11
 _NO_ROOM_FOR_DISKS = f"a machine has at most {_MAX_DISKS} disks"
 _MAX_NETWORKS = 4
-_HUGE_PAGE_MIB = 2
 _KVM_DEVICE = "/dev/kvm"
 _THREAD_NAME = "vmm-call"
 
 _console_log = logging.getLogger("kata_hybrid.guest.console")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskLimit:
-    """How much a disk may do in a second: bytes or requests, and more of them once."""
-
-    per_second: int
-    one_time_burst: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltinSettings:
-    """How machines are made on this host: from the configuration."""
-
-    has_hugepages: bool = False
-    block_engine: BlockEngine = BlockEngine.IO_URING
-    is_block_direct: bool = False
-    disk_bandwidth: DiskLimit | None = None
-    disk_operations: DiskLimit | None = None
-    reclaims_freed_memory: bool = False
-
-
-def builtin_settings(config: BuiltinConfig) -> BuiltinSettings:
-    """Take what is configured.
-
-    Raises:
-        InvalidConfigError: the memory is no whole number of huge pages.
-    """
-    if config.enable_hugepages and config.memory_mib % _HUGE_PAGE_MIB:
-        message = (
-            f"hypervisor.builtin.default_memory = {config.memory_mib} is no multiple of "
-            f"{_HUGE_PAGE_MIB}, the MiB of a huge page (enable_hugepages)"
-        )
-        raise InvalidConfigError(message)
-    return BuiltinSettings(
-        has_hugepages=config.enable_hugepages,
-        block_engine=config.block_engine,
-        is_block_direct=config.is_block_direct,
-        disk_bandwidth=_disk_limit(
-            config.disk_bandwidth_bits // 8, burst=config.disk_bandwidth_burst_bits // 8
-        ),
-        disk_operations=_disk_limit(config.disk_operations, burst=config.disk_operations_burst),
-        reclaims_freed_memory=config.reclaim_guest_freed_memory,
-    )
-
-
-def _disk_limit(per_second: int, *, burst: int) -> DiskLimit | None:
-    return DiskLimit(per_second=per_second, one_time_burst=burst) if per_second else None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,7 +86,9 @@ class _DiskArguments(TypedDict):
 
 
 class _NotDoneError(VmmError):
-    """The machine still works on it."""
+    """It was not done in time. What was begun goes on, as ``call``, before any other call."""
+
+    call: "asyncio.Future[None] | None" = None
 
 
 class BuiltinHypervisor:
@@ -213,13 +166,30 @@ class BuiltinHypervisor:
                 lambda vm: vm.plug_disk(slot=slot.name, **arguments),
                 what=f"plug disk {disk.path}",
             )
-        except _NotDoneError:
-            # It may come yet: the slot stays taken.
+        except _NotDoneError as error:
+            if error.call is None:
+                slot.disk_id = None
+            else:
+                error.call.add_done_callback(lambda call: self._give_up(slot, call))
             raise
         except KataError:
             slot.disk_id = None
             raise
         return _guest_disk(slot.index)
+
+    def _give_up(self, slot: _DiskSlot, call: "asyncio.Future[None]") -> None:
+        """Free a slot that a disk has come to, or not, when nobody waited any more."""
+        vm = self._vm
+        if vm is None or call.exception() is not None:
+            slot.disk_id = None
+            return
+
+        def is_out(removal: "asyncio.Future[None]") -> None:
+            if removal.exception() is None:
+                slot.disk_id = None
+
+        removal = begin_in_thread(lambda: vm.unplug_disk(slot=slot.name), name=_THREAD_NAME)
+        removal.add_done_callback(is_out)
 
     async def remove_disk(self, disk_id: str) -> None:
         """Take a disk out of its slot."""
@@ -234,15 +204,19 @@ class BuiltinHypervisor:
         vm = self._vm
         if vm is None:
             raise InvalidStateError(self._machine.name, state="exited", request=what)
-        async with self._calls:
-            call = begin_in_thread(lambda: work(vm), name=_THREAD_NAME)
-            try:
-                async with asyncio.timeout(_CALL_TIMEOUT_S):
-                    await asyncio.wait({call})
-            except TimeoutError as error:
-                raise _NotDoneError(what, f"not done in {_CALL_TIMEOUT_S:g} s") from error
-            with _native_errors(what):
-                call.result()
+        call = None
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                await self._calls.acquire()
+                call = begin_in_thread(lambda: work(vm), name=_THREAD_NAME)
+                call.add_done_callback(lambda _: self._calls.release())
+                await asyncio.wait({call})
+        except TimeoutError as timeout:
+            error = _NotDoneError(what, f"not done in {_CALL_TIMEOUT_S:g} s")
+            error.call = call
+            raise error from timeout
+        with _native_errors(what):
+            call.result()
 
     @property
     def _is_running(self) -> bool:

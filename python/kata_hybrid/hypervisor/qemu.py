@@ -168,6 +168,10 @@ class QemuHypervisor:
         self._plugged[disk.id] = index
         try:
             await self._monitor.execute("blockdev-add", backend, timeout_s=_COMMAND_TIMEOUT_S)
+        except BaseException:
+            del self._plugged[disk.id]
+            raise
+        try:
             await self._monitor.execute("device_add", device, timeout_s=_COMMAND_TIMEOUT_S)
         except BaseException:
             with contextlib.suppress(KataError):
@@ -179,14 +183,11 @@ class QemuHypervisor:
         """Have the guest let a device go, then close what is behind it."""
         if disk_id not in self._plugged or not self._is_running:
             return
-        try:
-            await self._monitor.remove_device(disk_id, timeout_s=_UNPLUG_TIMEOUT_S)
-        finally:
-            # Refused as long as the device is there.
-            await self._monitor.execute(
-                "blockdev-del", {"node-name": disk_id}, timeout_s=_COMMAND_TIMEOUT_S
-            )
-            del self._plugged[disk_id]
+        await self._monitor.remove_device(disk_id, timeout_s=_UNPLUG_TIMEOUT_S)
+        await self._monitor.execute(
+            "blockdev-del", {"node-name": disk_id}, timeout_s=_COMMAND_TIMEOUT_S
+        )
+        del self._plugged[disk_id]
 
     @property
     def _is_running(self) -> bool:

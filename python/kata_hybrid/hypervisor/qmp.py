@@ -30,6 +30,15 @@ _EXIT_REASONS: Mapping[str, str] = {
 """``ShutdownCause`` of QEMU's qapi/run-state.json, in our words."""
 
 
+_ASKED_BEFORE = "already in the process of unplug"
+"""What QEMU (qdev-monitor.c) says of a device that the guest has not let go so far."""
+
+
+def _is_not_found(error: VmmError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, ExecuteError) and cause.error_class == "DeviceNotFound"
+
+
 class ExitCauses:
     """What the monitor said of the machine's end."""
 
@@ -87,15 +96,21 @@ class Monitor:
         return False
 
     async def remove_device(self, device_id: str, *, timeout_s: float) -> None:
-        """Ask the guest to let a device go, and wait until it has.
+        """Ask the guest to let a device go, and wait until it has. One that is not there is gone.
 
         Raises:
-            VmmError: it does not in time, there is none, or QEMU is gone.
+            VmmError: it does not in time, and may be asked again; or QEMU is gone.
         """
         gone = asyncio.get_running_loop().create_future()
         self._leaving[device_id] = gone
         try:
-            await self.execute("device_del", {"id": device_id}, timeout_s=timeout_s)
+            try:
+                await self.execute("device_del", {"id": device_id}, timeout_s=timeout_s)
+            except VmmError as error:
+                if _is_not_found(error):
+                    return
+                if _ASKED_BEFORE not in str(error):
+                    raise
             async with asyncio.timeout(timeout_s):
                 await gone
         except TimeoutError as error:

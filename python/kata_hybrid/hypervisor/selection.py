@@ -16,7 +16,8 @@ from kata_hybrid.aio.process import ProcessReaper
 from kata_hybrid.config.model import Config, HypervisorName, QemuConfig
 from kata_hybrid.errors import FailedPreconditionError, InvalidConfigError, KvmAccessError
 from kata_hybrid.hypervisor.base import Hypervisor, MachineConfig
-from kata_hybrid.hypervisor.builtin import BuiltinHypervisor, BuiltinSettings, builtin_settings
+from kata_hybrid.hypervisor.builtin import BuiltinHypervisor
+from kata_hybrid.hypervisor.builtin_settings import BuiltinSettings, builtin_settings
 from kata_hybrid.hypervisor.kernel_params import kernel_params
 from kata_hybrid.hypervisor.probe import HostReport, KvmFinding, VirtiofsdFinding
 from kata_hybrid.hypervisor.qemu import QemuHypervisor, QemuSettings

@@ -78,14 +78,22 @@ class Disks:
             is_awaited=True,
         )
         try:
-            return (await asyncio.shield(task)).guest
+            await asyncio.wait({task})
         except asyncio.CancelledError:
-            self._supervisor.start(self._give_back(task), name=f"give {path} back")
+            if not self._is_closed:
+                self._supervisor.start(self._give_back(task), name=f"give {path} back")
             raise
+        if task.cancelled():
+            raise UnavailableError(_GONE)
+        return task.result().guest
 
     async def _attach(self, key: _Key, path: Path, *, is_read_only: bool) -> _Entry:
         async with self._lock:
             entry = self._entries.get(key)
+            if entry is not None and not entry.users:
+                # It was not given up when it was asked to be; as what it is now, it is of no use.
+                await self._remove(key, entry)
+                entry = None
             if entry is None:
                 device = BlockDevice(
                     id=f"disk-{next(self._numbers)}", path=path, is_read_only=is_read_only
@@ -115,7 +123,8 @@ class Disks:
         if self._is_closed:
             return
         work = self._supervisor.start(self._detach(disk), name=f"detach {disk.source}")
-        await asyncio.shield(work)
+        # The end of the machine, which cancels the work, is its end too.
+        await asyncio.wait({work})
 
     async def _detach(self, disk: GuestDisk) -> None:
         async with self._lock:
@@ -123,17 +132,20 @@ class Disks:
             if key is None:
                 return
             entry = self._entries[key]
-            entry.users -= 1
+            entry.users = max(entry.users - 1, 0)
             if entry.users:
                 return
-            del self._entries[key]
             try:
-                await self._machine.remove_disk(entry.device.id)
+                await self._remove(key, entry)
             except KataError as exc:
                 _log.warning(
                     "disk stays in the machine",
                     extra={"path": os.fspath(entry.device.path), "error": str(exc)},
                 )
+
+    async def _remove(self, key: _Key, entry: _Entry) -> None:
+        await self._machine.remove_disk(entry.device.id)
+        del self._entries[key]
 
     async def close(self) -> None:
         """Forget all: the machine is gone. Idempotent."""

@@ -289,7 +289,8 @@ def remove_run_dir(run_dir: Path) -> None:
         if (run_dir / address.SOCKET).exists():
             return
         # The record is of this process and of what it has released; it kills nobody now.
-        for problem in recovery.clean_up(os.fspath(run_dir)):
+        problems = recovery.clean_up(os.fspath(run_dir))
+        for problem in problems + recovery.sweep(os.fspath(run_dir.parent)):
             _LOG.warning("left behind", extra={"problem": problem})
     finally:
         lock.release()

@@ -83,6 +83,7 @@ class FakeGuest:
     async def stop(self) -> None:
         """Go away. Idempotent."""
         self.lose("stopped")
+        await self.disks.close()
         await self.machine.stop()
 
 

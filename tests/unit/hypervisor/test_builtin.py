@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from guest_console import ConsoleWatch
-from harness.loop import on_loop
+from harness.loop import on_loop, until
 from kata_hybrid._native import vmm
 from kata_hybrid._native.events import EventPort
 from kata_hybrid.aio.events import NativeEvents
@@ -27,12 +27,8 @@ from kata_hybrid.errors import (
 )
 from kata_hybrid.hypervisor import builtin
 from kata_hybrid.hypervisor.base import MachineConfig
-from kata_hybrid.hypervisor.builtin import (
-    BuiltinHypervisor,
-    BuiltinSettings,
-    DiskLimit,
-    builtin_settings,
-)
+from kata_hybrid.hypervisor.builtin import BuiltinHypervisor
+from kata_hybrid.hypervisor.builtin_settings import BuiltinSettings, DiskLimit, builtin_settings
 from kata_hybrid.types import BlockDevice, HostFolder, NetworkDevice, VhostUserFs
 from tiny_kernel import End, tiny_kernel
 
@@ -329,3 +325,49 @@ def test_a_machines_odd_moments_are_warnings(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.WARNING):
         builtin._log_machine("block root: queue 0")
     assert [getattr(record, "line", "") for record in caplog.records] == ["block root: queue 0"]
+
+
+class SlowVm:
+    """Takes disks when it is let."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.plugged: list[str] = []
+        self.failure: vmm.VmmError | None = None
+
+    def plug_disk(self, *, slot: str, **_: object) -> None:
+        assert self.gate.wait(10)
+        if self.failure is not None:
+            raise self.failure
+        self.plugged.append(slot)
+
+    def unplug_disk(self, *, slot: str) -> None:
+        self.plugged.remove(slot)
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+@on_loop
+async def test_a_disk_that_comes_too_late_is_taken_out_and_none_comes_before_it(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, *, is_taken: bool
+) -> None:
+    monkeypatch.setattr(builtin, "_CALL_TIMEOUT_S", 0.1)
+    machine, vm = make(run_dir), SlowVm()
+    monkeypatch.setattr(machine, "_vm", vm)
+    machine._began.set()
+    machine._slots = [builtin._DiskSlot(name=f"slot-{index}", index=index) for index in (0, 1)]
+    for number in range(2):
+        # The second waits for the first, which the guest has yet to see: they go by their order.
+        with pytest.raises(VmmError, match="not done in"):
+            await machine.add_disk(
+                BlockDevice(id=f"d{number}", path=run_dir / "x", is_read_only=True)
+            )
+    if not is_taken:
+        vm.failure = vmm.VmmError("no")
+    assert [slot.disk_id for slot in machine._slots] == ["d0", None]
+    vm.gate.set()
+    await until(lambda: machine._slots[0].disk_id is None)
+    assert vm.plugged == []
+    vm.failure = None
+    disk = await machine.add_disk(BlockDevice(id="d2", path=run_dir / "x", is_read_only=True))
+    assert (disk.source, vm.plugged) == ("/dev/vda", ["slot-0"])
+    monkeypatch.undo()

@@ -5,7 +5,7 @@ import pytest
 
 from kata_hybrid.config.model import BuiltinConfig, Config, HypervisorName, QemuConfig
 from kata_hybrid.errors import FailedPreconditionError, InvalidConfigError, KvmAccessError
-from kata_hybrid.hypervisor.builtin import BuiltinSettings
+from kata_hybrid.hypervisor.builtin_settings import BuiltinSettings
 from kata_hybrid.hypervisor.probe import (
     HostReport,
     KvmFinding,

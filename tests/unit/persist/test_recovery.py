@@ -136,3 +136,20 @@ def test_cgroups_are_removed_and_what_stays_is_told(tmp_path: Path) -> None:
         "remove cgroup /etc: not a cgroup"
     ]
     assert not (tmp_path / "s").exists()
+
+
+def test_what_dead_shims_left_is_swept_and_what_others_have_is_not(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "600"]) as shim:
+        alive = identify("x", shim.pid)
+        for name, words in {
+            "live": f"{alive.pid} {alive.start_ticks}",
+            "dead": f"{alive.pid} {alive.start_ticks + 1}",
+            "unreadable": "x",
+        }.items():
+            write(tmp_path / name)
+            (tmp_path / name / "shim.pid").write_text(words)
+        (tmp_path / "starting").mkdir()
+        assert recovery.sweep(str(tmp_path)) == []
+        assert {path.name for path in tmp_path.iterdir()} == {"live", "unreadable", "starting"}
+        assert shim.poll() is None
+        shim.kill()

@@ -99,15 +99,24 @@ async def test_a_disk_that_the_machine_does_not_take_is_not_there(tmp_path: Path
 
 
 @on_loop
-async def test_a_disk_that_does_not_go_is_told_and_forgotten(
+async def test_a_disk_that_does_not_go_is_told_and_asked_again_before_it_comes_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = Machine()
     disks = Disks(machine)
-    disk = await disks.attach(image(tmp_path), is_read_only=True)
+    path = image(tmp_path)
+    disk = await disks.attach(path, is_read_only=True)
     machine.failure = VmmError("unplug", "stuck")
     await disks.detach(disk)
     assert "disk stays in the machine" in caplog.text
+    with pytest.raises(VmmError, match="stuck"):
+        await disks.attach(path, is_read_only=True)
+    machine.failure = None
+    again = await disks.attach(path, is_read_only=False)
+    assert list(machine.there) == [again.source]
+    assert again != disk
+    await disks.detach(disk)
+    assert list(machine.there) == [again.source], "it is another's"
 
 
 @on_loop
@@ -150,3 +159,24 @@ async def test_closing_forgets_all(tmp_path: Path) -> None:
     await disks.detach(disk)
     with pytest.raises(UnavailableError, match="the machine is gone"):
         await disks.attach(tmp_path / "image", is_read_only=True)
+
+
+@on_loop
+async def test_what_is_under_way_ends_with_the_machine(tmp_path: Path) -> None:
+    machine = Machine()
+    disks = Disks(machine)
+    disk = await disks.attach(image(tmp_path), is_read_only=True)
+    machine.gate.clear()
+    async with asyncio.TaskGroup() as group:
+        detaching = group.create_task(disks.detach(disk))
+        attaching = group.create_task(refused(disks, image(tmp_path, "other")))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await disks.close()
+    assert not detaching.cancelled(), "its caller is told nothing"
+    assert attaching.done()
+
+
+async def refused(disks: Disks, path: Path) -> None:
+    with pytest.raises(UnavailableError, match="the machine is gone"):
+        await disks.attach(path, is_read_only=True)

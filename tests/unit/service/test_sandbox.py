@@ -15,6 +15,7 @@ from kata_hybrid.errors import (
     InvalidArgumentError,
     InvalidIdError,
     NotFoundError,
+    UnavailableError,
     UnimplementedError,
 )
 from kata_hybrid.persist.store import SandboxStore
@@ -50,6 +51,8 @@ class World:
         self.guest = FakeGuest(self.agent, folder=folder)
         self.specs: list[Spec] = []
         self.shutdowns = 0
+        self.making = asyncio.Event()
+        self.making.set()
         self.log = Log()
         self.sandbox = VirtSandbox(
             guest_factory=self._make_guest,
@@ -68,6 +71,7 @@ class World:
 
     async def _make_guest(self, _request: CreateRequest, spec: Spec) -> FakeGuest:
         self.specs.append(spec)
+        await self.making.wait()
         return self.guest
 
     async def call(self, name: str, **fields: Any) -> Any:
@@ -241,3 +245,38 @@ async def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         await world.create()
     with pytest.raises(UnimplementedError):
         await world.call("SandboxMetrics")
+
+
+@on_loop
+async def test_a_sandbox_whose_guest_does_not_boot_is_wanted_no_more(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.agent.failures["create_sandbox"] = GuestBootTimeoutError("no answer")
+    await world.create()
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(world.call("WaitSandbox"))
+        await asyncio.sleep(0)
+        with pytest.raises(GuestBootTimeoutError):
+            await world.call("StartSandbox")
+    assert waiting.result().exit_status != 0
+    assert world.sandbox.is_empty
+
+
+@on_loop
+async def test_a_sandbox_that_is_stopped_while_its_guest_is_made_does_not_boot(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    await world.create()
+    world.making.clear()
+    async with asyncio.TaskGroup() as group:
+        starting = group.create_task(unavailable(world))
+        await until(lambda: bool(world.specs))
+        await world.call("StopSandbox")
+        world.making.set()
+    assert starting.done()
+    assert not world.guest.task_pid, "it was not started"
+
+
+async def unavailable(world: World) -> None:
+    with pytest.raises(UnavailableError, match="closed"):
+        await world.call("StartSandbox")

@@ -75,7 +75,7 @@ pub(crate) async fn create(sandbox: &Arc<Sandbox>, request: CreateContainerReque
                 }
             });
             let _ = freed.await;
-            sandbox.storages.release(&storages).await;
+            let _ = sandbox.storages.release(&storages).await;
             Err(error)
         }
     }

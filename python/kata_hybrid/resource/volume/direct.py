@@ -6,6 +6,7 @@ of that path then is a disk of the guest's, and the host never mounts what is on
 """
 
 import base64
+import errno
 import json
 import os
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def direct_volume(source: str, *, folder: Path = DIRECT_VOLUMES) -> DirectVolume
     """Find the volume that stands for a bind's source; None for any other source.
 
     Raises:
-        InvalidSpecError: its description is wrong; the text says where and what.
+        InvalidSpecError: its description is wrong or cannot be read; the text says where and what.
         UnimplementedError: it is of a kind that is not supported.
     """
     name = base64.urlsafe_b64encode(os.fsencode(os.path.normpath(source))).decode()
@@ -70,9 +71,12 @@ def direct_volume(source: str, *, folder: Path = DIRECT_VOLUMES) -> DirectVolume
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
-    except OSError:
+    except OSError as exc:
         # Not there, or a name longer than a file's may be: not one of these.
-        return None
+        if exc.errno in {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}:
+            return None
+        message = f"direct volume {source}: {path}: {exc.strerror}"
+        raise InvalidSpecError(message) from exc
     return _parse(data, name=name, path=path)
 
 

@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Final
 
 from kata_hybrid.aio.process import ProcessReaper
-from kata_hybrid.errors import FailedPreconditionError
+from kata_hybrid.errors import FailedPreconditionError, UnimplementedError
 from kata_hybrid.hypervisor.console import OutputReader
+from kata_hybrid.persist.mounts import file_system_at
 from kata_hybrid.resource.disks import Disks
 from kata_hybrid.resource.volume.direct import GUEST_FOLDER
 from kata_hybrid.resource.volume.ephemeral import EMPTY_DIR
 from kata_hybrid.types import GuestStorage
 
 _IMAGE: Final = "disk.img"
+_SUB_PATHS: Final = "volume-subpaths"
+_DEPTH: Final = 4
+"""Of a subPath below the pod's folder."""
 _FORMAT_TIMEOUT_S: Final = 60
 _TAIL_BYTES: Final = 4096
 
@@ -41,10 +45,12 @@ class BlockEmptyDirs:
 
         Raises:
             FailedPreconditionError: it cannot be made; the text says why.
+            UnimplementedError: it is a folder in such a volume.
             KataError: the machine does not take it.
         """
         folder = _empty_dir(source)
         if folder is None:
+            _refuse_sub_path(source)
             return None
         async with self._lock:
             if folder not in self._storages:
@@ -107,6 +113,24 @@ class BlockEmptyDirs:
 def _empty_dir(source: str) -> Path | None:
     folder = Path(os.path.normpath(source))
     return folder if folder.parent.name == EMPTY_DIR and folder.is_dir() else None
+
+
+def _refuse_sub_path(source: str) -> None:
+    """Tell the ``subPath`` of a volume, which is a folder of the host's that the guest's is not.
+
+    The kubelet binds it to ``POD/volume-subpaths/VOLUME/CONTAINER/INDEX``.
+    """
+    path = Path(os.path.normpath(source))
+    if len(path.parts) <= _DEPTH or path.parents[2].name != _SUB_PATHS:
+        return
+    volume = path.parents[3] / "volumes" / EMPTY_DIR / path.parents[1].name
+    mounted = file_system_at(os.fspath(volume)) if volume.is_dir() else None
+    if volume.is_dir() and (mounted is None or mounted[0] != "tmpfs"):
+        message = (
+            f'mount of {source}: a subPath of emptyDir "{volume.name}" is not possible with '
+            'emptydir_mode = "block-plain"; mount the whole volume, or use "shared-fs"'
+        )
+        raise UnimplementedError(message)
 
 
 def _is_image(path: Path) -> bool:

@@ -5,14 +5,19 @@ Built by :func:`prepare` (host side, before or while the guest boots), created i
 the sandbox's business (``sandbox.py``); this holds what belongs together.
 """
 
-import contextlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from kata_hybrid.agent.base import Agent
-from kata_hybrid.errors import KataError, ProcessNotFoundError
+from kata_hybrid.errors import (
+    AgentTimeoutError,
+    KataError,
+    ProcessNotFoundError,
+    UnavailableError,
+)
 from kata_hybrid.resource.rootfs.base import Rootfs
 from kata_hybrid.resource.rootfs.block import BlockRootfs, is_block_rootfs
 from kata_hybrid.resource.rootfs.shared import SharedRootfs
@@ -24,7 +29,11 @@ from kata_hybrid.runtimes.virt.process import Process
 from kata_hybrid.runtimes.virt.volumes import Volumes
 from kata_hybrid.types import ContainerId, ExecId, JsonObject
 
+_log = logging.getLogger(__name__)
+
 _REMOVE_TIMEOUT_S = 10
+_WRITE_BACK_TIMEOUT_S = 60
+"""To unmount a disk is to write what the guest still has of it."""
 _POD_FILE = ("rbind", "rw")
 
 
@@ -55,6 +64,7 @@ class Container:
         self._rootfs = rootfs
         self._volumes = volumes
         self._is_in_guest = False
+        self._is_refused = False
 
     def find(self, exec_id: ExecId | None) -> Process:
         """Return the container's own process, or an exec.
@@ -100,13 +110,20 @@ class Container:
             sysctls=pod.sysctls,
         )
         self._is_in_guest = True
-        await agent.create_container(
-            self.id,
-            spec=spec,
-            storages=(*self._rootfs.storages, *self._volumes.storages),
-            devices=tuple(self._volumes.devices),
-            has_sandbox_pidns=bool(self.spec.namespaces.get("pid")),
-        )
+        try:
+            await agent.create_container(
+                self.id,
+                spec=spec,
+                storages=(*self._rootfs.storages, *self._volumes.storages),
+                devices=tuple(self._volumes.devices),
+                has_sandbox_pidns=bool(self.spec.namespaces.get("pid")),
+            )
+        except (AgentTimeoutError, UnavailableError):
+            # It may be there, or come to be.
+            raise
+        except KataError:
+            self._is_refused = True
+            raise
 
     def state(self, status: str, *, pid: int) -> JsonObject:
         """Describe it as hooks are told."""
@@ -117,12 +134,22 @@ class Container:
     async def remove(self, agent: Agent) -> None:
         """Remove it from the guest, if it got that far; a guest that is gone is no error.
 
-        Its disks go after it.
+        Its disks go after it. If the guest does not say that it is gone, they stay until the guest
+        is: what it has not written would be lost.
         """
         if self._is_in_guest:
             self._is_in_guest = False
-            with contextlib.suppress(KataError):
-                await agent.remove_container(self.id, timeout_s=_REMOVE_TIMEOUT_S)
+            disks = self._volumes.has_disks
+            timeout_s = _WRITE_BACK_TIMEOUT_S if disks else _REMOVE_TIMEOUT_S
+            try:
+                await agent.remove_container(self.id, timeout_s=timeout_s)
+            except KataError as error:
+                if not self._is_refused:
+                    _log.warning(
+                        "the guest does not remove a container; its disks stay",
+                        extra={"container": self.id, "error": str(error)},
+                    )
+                    return
         await self._volumes.detach()
 
     def release(self) -> None:

@@ -58,10 +58,12 @@ class PodSandbox:
                     stdio=Stdio(),
                     config_path=None,
                 )
-                self._pid = await self._sandbox.boot(
-                    given, spec, resolver=request.resolver, sysctls=request.sysctls
-                )
-                self._has_come.set()
+                try:
+                    self._pid = await self._sandbox.boot(
+                        given, spec, resolver=request.resolver, sysctls=request.sysctls
+                    )
+                finally:
+                    self._has_come.set()
         return self.status()
 
     async def stop(self) -> None:

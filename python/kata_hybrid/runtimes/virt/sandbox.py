@@ -169,9 +169,12 @@ class VirtSandbox:
                 message = f"sandbox is {self._state.value}: it cannot be started"
                 raise FailedPreconditionError(message)
             self.held_as = request.container_id
+            undo.callback(setattr, self, "held_as", None)
             undo.push_async_callback(self.close)
             guest = await self._guest_factory(request, spec)
             undo.push_async_callback(guest.stop)
+            if self._state is not SandboxState.EMPTY:
+                raise UnavailableError(_CLOSED_MEANWHILE)
             files = write_pod_files(guest.folder, hostname=spec.hostname, resolver=resolver)
             self._pod = PodDefaults(files=files, sysctls=sysctls)
             await self._boot(guest, hostname=spec.hostname, resolver=resolver)
@@ -447,7 +450,8 @@ class VirtSandbox:
             await self._containers.release(container, self._guest)
         await self._streams.close()
         with contextlib.suppress(KataError):
-            self._store.update(processes=(), containers=())
+            # Who holds it still asks how it ended.
+            self._store.update(processes=(), containers=(self.held_as,) if self.held_as else ())
 
     # --- answers from memory ----------------------------------------------------------------
 

@@ -101,6 +101,11 @@ class Volumes:
             GuestDevice(driver=disk.driver, source=disk.source, container_path=node.path)
         )
 
+    @property
+    def has_disks(self) -> bool:
+        """The guest has a disk for it."""
+        return bool(self._attached)
+
     async def detach(self) -> None:
         """Give up the disks: the guest has unmounted what is on them. Idempotent."""
         while self._attached:

@@ -92,6 +92,14 @@ def test_what_is_no_description_is_an_error(text: str, tmp_path: Path) -> None:
         direct_volume(SOURCE, folder=tmp_path)
 
 
+def test_a_description_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / NAME).mkdir()
+    path = tmp_path / NAME / "mountInfo.json"
+    path.symlink_to(path)
+    with pytest.raises(InvalidSpecError, match=r"mountInfo\.json: Too many levels"):
+        direct_volume(SOURCE, folder=tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["vfiovol", "spdkvol", "directVol"])
 def test_other_kinds_are_unimplemented(kind: str, tmp_path: Path) -> None:
     write(tmp_path, json.dumps({**VOLUME, "volume-type": kind}))

@@ -11,7 +11,7 @@ import pytest
 
 from harness.loop import on_loop
 from kata_hybrid.aio.process import ProcessReaper
-from kata_hybrid.errors import FailedPreconditionError
+from kata_hybrid.errors import FailedPreconditionError, UnimplementedError
 from kata_hybrid.resource.disks import Disks
 from kata_hybrid.resource.volume.empty_dir import BlockEmptyDirs
 from kata_hybrid.testing.fake_hypervisor import FakeHypervisor
@@ -104,3 +104,15 @@ async def test_a_program_that_is_missing_is_named(
     async with made(tmp_path) as (volumes, _):
         with pytest.raises(FailedPreconditionError, match="emptydir_mode needs e2fsprogs"):
             await volumes.storage(os.fspath(folder))
+
+
+@on_loop
+async def test_a_folder_in_one_is_refused_and_any_other_is_not(tmp_path: Path) -> None:
+    pod = tmp_path / "pods" / "uid"
+    (pod / "volumes" / "kubernetes.io~empty-dir" / "cache").mkdir(parents=True)
+    async with made(tmp_path) as (volumes, machine):
+        with pytest.raises(UnimplementedError, match='a subPath of emptyDir "cache"'):
+            await volumes.storage(f"{pod}/volume-subpaths/cache/container/0")
+        assert await volumes.storage(f"{pod}/volume-subpaths/config/container/0") is None
+        assert await volumes.storage("/data") is None
+        assert machine.disks == []

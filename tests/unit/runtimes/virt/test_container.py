@@ -6,11 +6,18 @@ import pytest
 
 from harness.loop import on_loop
 from harness.mounts import in_own_mounts, mount_points
-from kata_hybrid.errors import InternalError, InvalidArgumentError, ProcessNotFoundError
+from kata_hybrid.errors import (
+    AgentTimeoutError,
+    AgentUnavailableError,
+    InternalError,
+    InvalidArgumentError,
+    KataError,
+    ProcessNotFoundError,
+)
 from kata_hybrid.runtimes.base import CreateRequest
 from kata_hybrid.runtimes.oci.spec import Spec, parse
 from kata_hybrid.runtimes.virt.container import Container, PodDefaults, prepare
-from kata_hybrid.testing.fake_agent import FakeAgent
+from kata_hybrid.testing.fake_agent import FakeAgent, FakeProcess
 from kata_hybrid.testing.fake_guest import FakeGuest
 from kata_hybrid.types import (
     ContainerId,
@@ -131,6 +138,41 @@ async def test_an_image_is_a_disk_for_as_long_as_the_container(tmp_path: Path) -
     assert mount_points(world.shared) == []
     await container.remove(world.agent)
     assert world.guest.machine.disks == []
+
+
+@pytest.mark.parametrize(
+    ("creation", "removal", "is_kept"),
+    [
+        (None, AgentTimeoutError("slow"), True),
+        (None, InternalError("busy"), True),
+        (None, AgentUnavailableError("gone"), True),
+        (AgentTimeoutError("slow"), InvalidArgumentError("no such container"), True),
+        (AgentUnavailableError("gone"), AgentUnavailableError("gone"), True),
+        (InternalError("no such program"), InvalidArgumentError("no such container"), False),
+        (AgentTimeoutError("slow"), None, False),
+    ],
+)
+@in_own_mounts
+@on_loop
+async def test_a_disk_that_the_guest_may_have_to_write_stays(
+    creation: KataError | None, removal: KataError | None, *, is_kept: bool, tmp_path: Path
+) -> None:
+    world = World(tmp_path)
+    image = tmp_path / "image"
+    image.touch()
+    await world.guest.machine.start()
+    container = await world.prepared(Mount(type="ext4", source=str(image), options=("loop",)))
+    if creation is not None:
+        world.agent.failures["create_container"] = creation
+        with pytest.raises(type(creation)):
+            await container.create(world.agent, is_seccomp_disabled=False, pod=PodDefaults())
+        world.agent.processes[C1, None] = FakeProcess()
+    else:
+        await container.create(world.agent, is_seccomp_disabled=False, pod=PodDefaults())
+    if removal is not None:
+        world.agent.failures["remove_container"] = removal
+    await container.remove(world.agent)
+    assert bool(world.guest.machine.disks) is is_kept
 
 
 @in_own_mounts

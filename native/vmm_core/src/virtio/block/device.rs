@@ -257,6 +257,12 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
+        if self.has_plugged_disk() {
+            return Err(DeviceError::State {
+                kind: DeviceKind::Block.name(),
+                reason: format!("{} has a disk that is to be taken out first", self.name()),
+            });
+        }
         saved::encode(DeviceKind::Block, &self.state())
     }
 

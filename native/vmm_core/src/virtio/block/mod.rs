@@ -35,6 +35,7 @@ mod state;
 pub use config::{BlockConfig, BlockError};
 pub use device::Block;
 pub use engine::EngineChoice;
+pub use slot::Ejected;
 
 /// Bytes of a sector: the unit of all positions and capacities (virtio 1.2, 5.2.4).
 pub const SECTOR_SIZE: u64 = 512;

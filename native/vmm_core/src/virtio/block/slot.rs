@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use super::config::BlockError;
 use super::config_space;
-use super::device::{Block, serial_of};
+use super::device::{Active, Block, serial_of};
 use super::disk::Disk;
 use super::engine::{Engine, EngineChoice};
 use super::pump::Pump;
@@ -39,6 +39,10 @@ pub(super) struct Slot {
     /// Told once the driver has read the capacity.
     reader: RefCell<Option<SyncSender<()>>>,
 }
+
+/// A disk that was taken out, and is open until this is dropped.
+#[derive(Debug)]
+pub struct Ejected(#[expect(dead_code, reason = "held to be dropped")] Pump);
 
 impl Slot {
     /// The driver reads the configuration space.
@@ -92,55 +96,73 @@ impl Block {
         if let Some(slot) = &self.slot {
             slot.reader.replace(Some(sender));
         }
-        self.swap(disk, true)?;
+        let _nothing = self.swap(disk, true)?;
         Ok(receiver)
     }
 
-    /// Take the disk out: requests under way are finished, later ones fail.
+    /// Take the disk out: requests under way are finished, later ones fail. To be dropped without the
+    /// transport's lock: closing a disk may write what the host still has of it.
     ///
     /// # Errors
     /// This is no slot, the host's /dev/null cannot be opened, or the disk does not answer: then it
     /// stays in.
-    pub fn eject(&mut self) -> Result<(), DeviceError> {
+    pub fn eject(&mut self) -> Result<Option<Ejected>, DeviceError> {
         let Some(slot) = &self.slot else {
             return Err(self.refuse("is no slot"));
         };
         if !slot.is_occupied {
-            return Ok(());
+            return Ok(None);
         }
         let empty = Self::slot(slot.name.clone());
-        self.swap(empty.map_err(|_| self.refuse("has no /dev/null"))?, false)
+        let empty = empty.map_err(|_| self.refuse("has no /dev/null"))?;
+        Ok(Some(Ejected(self.swap(empty, false)?)))
     }
 
-    fn swap(&mut self, other: Self, is_occupied: bool) -> Result<(), DeviceError> {
+    /// Exchange the disk, and give back the one before; if that fails nothing has changed.
+    fn swap(&mut self, other: Self, is_occupied: bool) -> Result<Pump, DeviceError> {
         let mut active = self.active.take();
+        let swapped = self.exchange(other, active.as_mut(), is_occupied);
+        if let Some(active) = &mut active {
+            active.source.queue.signal();
+            active.source.queue.kick_self();
+        }
+        self.active = active;
+        swapped
+    }
+
+    fn exchange(
+        &mut self,
+        other: Self,
+        mut active: Option<&mut Active>,
+        is_occupied: bool,
+    ) -> Result<Pump, DeviceError> {
+        let source = active.as_mut().map(|active| &mut active.source);
+        self.pump.drain(source, DRAIN_TIMEOUT)?;
         if let Some(active) = &active {
+            if let Err(error) = other.watch(&active.watcher) {
+                other.unwatch(&active.watcher);
+                return Err(error);
+            }
             self.unwatch(&active.watcher);
         }
-        let source = active.as_mut().map(|active| &mut active.source);
-        let drained = self.pump.drain(source, DRAIN_TIMEOUT);
-        if drained.is_ok() {
-            let before = mem::replace(&mut self.pump, other.pump);
-            self.pump.metrics = before.metrics;
-            self.id = other.id;
-            self.uring_refusal = other.uring_refusal;
-            self.config_space = config_space::of_slot(self.pump.disk.capacity_sectors());
-            if let Some(slot) = &mut self.slot {
-                slot.is_occupied = is_occupied;
-            }
+        let mut before = mem::replace(&mut self.pump, other.pump);
+        self.pump.metrics = mem::take(&mut before.metrics);
+        self.id = other.id;
+        self.uring_refusal = other.uring_refusal;
+        self.config_space = config_space::of_slot(self.pump.disk.capacity_sectors());
+        if let Some(slot) = &mut self.slot {
+            slot.is_occupied = is_occupied;
         }
-        let watched = match &mut active {
-            Some(active) => {
-                active.source.terms.serial = serial_of(&self.id);
-                active.source.queue.signal();
-                active.source.queue.interrupt.signal_config();
-                active.source.queue.kick_self();
-                self.watch(&active.watcher)
-            }
-            None => Ok(()),
-        };
-        self.active = active;
-        drained.and(watched)
+        if let Some(active) = active {
+            active.source.terms.serial = serial_of(&self.id);
+            active.source.queue.interrupt.signal_config();
+        }
+        Ok(before)
+    }
+
+    /// Whether a disk is in this slot.
+    pub(super) fn has_plugged_disk(&self) -> bool {
+        self.slot.as_ref().is_some_and(|slot| slot.is_occupied)
     }
 
     fn refuse(&self, what: &str) -> DeviceError {

@@ -101,6 +101,31 @@ fn a_disk_that_may_not_be_written_refuses_it() {
 }
 
 #[test]
+#[expect(unsafe_code, reason = "no safe crate here has leases")]
+fn once_it_is_out_nobody_has_it_open() {
+    for engine in engines() {
+        let mut rig = rig();
+        let file = disk_file(1 << 20);
+        let disk = Block::new(config(&file, engine)).unwrap();
+        rig.block.insert(disk).unwrap();
+        assert_eq!(rig.request(IN, 0, &from_disk(4096)).0, OK);
+        assert!(
+            rig.block.save().is_err(),
+            "a snapshot could not be restored"
+        );
+        drop(rig.block.eject().unwrap());
+        rig.block.save().unwrap();
+        // A lease for writing is given only if nobody else has the file open (fcntl(2)).
+        let path = file.into_temp_path();
+        let alone = std::fs::File::open(&path).unwrap();
+        let fd = rustix::fd::AsRawFd::as_raw_fd(&alone);
+        // SAFETY: the descriptor is open, and the command takes an integer.
+        let given = unsafe { libc::fcntl(fd, libc::F_SETLEASE, libc::F_WRLCK) };
+        assert_eq!(given, 0, "{engine:?}: {}", std::io::Error::last_os_error());
+    }
+}
+
+#[test]
 fn one_disk_at_a_time_and_only_in_a_slot() {
     let file = disk_file(4096);
     let disk = || Block::new(config(&file, EngineChoice::Sync)).unwrap();

@@ -58,6 +58,9 @@ struct Slot {
     ranges: Ranges,
 }
 
+/// `IORING_UNREGISTER_FILES` (`linux/io_uring.h`).
+const UNREGISTER_FILES: u8 = 3;
+
 /// A ring and what is under way in it.
 pub(in crate::virtio::block) struct UringEngine {
     ring: IoUring,
@@ -98,6 +101,7 @@ impl UringEngine {
         let _limited = submitter.register_iowq_max_workers(&mut [MAX_WORKERS, 1]);
         let mut restrictions = Vec::from(OPERATIONS.map(Restriction::sqe_op));
         restrictions.push(Restriction::sqe_flags_required(FIXED_FILE));
+        restrictions.push(Restriction::register_op(UNREGISTER_FILES));
         submitter.register_restrictions(&mut restrictions)?;
         submitter.register_enable_rings()?;
         let mut slots = Vec::new();
@@ -211,7 +215,10 @@ impl Drop for UringEngine {
         }
         if self.in_flight() > 0 {
             mem::forget(mem::take(&mut self.slots));
+            return;
         }
+        // Else a worker of the kernel's would close the disk's file some time after this.
+        let _unregistered = self.ring.submitter().unregister_files();
     }
 }
 
