@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use protocols::agent::Device;
 use protocols::oci;
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -21,8 +23,8 @@ use crate::error::{AgentError, IoContext, Result};
 use crate::mount::absolute;
 pub(crate) use pci::PciPath;
 
-/// Between two looks at a device that is empty.
-const EMPTY_PAUSE: Duration = Duration::from_millis(2);
+/// Between two looks at a device that is not ready.
+const READY_PAUSE: Duration = Duration::from_millis(2);
 
 pub(crate) struct Devices {
     timeout: Duration,
@@ -72,16 +74,17 @@ impl Devices {
     /// The name is malformed, or the device does not appear.
     pub(crate) async fn block_node(&self, driver: &str, source: &str) -> Result<PathBuf> {
         let node = self.find_block_node(driver, source).await?;
-        // A disk may have come into a device that was there and empty, which no event tells.
+        // A disk may have come into a device that was there and empty, which no event tells; and a
+        // device's node is there before the device can be opened.
         let deadline = Instant::now() + self.timeout;
-        while is_empty(&node) {
+        while is_empty(&node) || !opens(&node).await {
             if Instant::now() >= deadline {
                 return Err(AgentError::DeviceTimeout {
                     what: source.to_owned(),
                     seconds: self.timeout.as_secs(),
                 });
             }
-            sleep(EMPTY_PAUSE).await;
+            sleep(READY_PAUSE).await;
         }
         Ok(node)
     }
@@ -120,6 +123,17 @@ fn is_empty(node: &Path) -> bool {
     };
     let size = Path::new("/sys/class/block").join(name).join("size");
     fs::read_to_string(size).is_ok_and(|sectors| sectors.trim() == "0")
+}
+
+/// Whether there is a device for a node; any other error is told by who uses it.
+async fn opens(node: &Path) -> bool {
+    let node = node.to_owned();
+    // The first to open a disk waits for its partitions to be read.
+    let opened = tokio::task::spawn_blocking(move || {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        open(node, flags, Mode::empty()).map(drop)
+    });
+    !matches!(opened.await, Ok(Err(Errno::NXIO)))
 }
 
 fn is_block(node: &Path) -> bool {
@@ -211,6 +225,19 @@ mod tests {
         for text in ["", "3", "3:", "a:b", "1:2:3"] {
             assert!(scsi_address(text).is_err(), "{text}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_node_without_a_device_does_not_open() {
+        let directory = tempfile::tempdir().unwrap();
+        let node = directory.path().join("disk");
+        // A number for local use, which no driver is given (Linux's devices.txt).
+        let number = rustix::fs::makedev(120, 0);
+        let kind = rustix::fs::FileType::BlockDevice;
+        rustix::fs::mknodat(rustix::fs::CWD, &node, kind, Mode::RUSR, number).unwrap();
+        assert!(is_block(&node));
+        assert!(!opens(&node).await);
+        assert!(opens(directory.path()).await);
     }
 
     #[tokio::test]
