@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from busybox_image import IMAGE_NAME
+from go_build import CRICTL
 from harness.containers import KATA_RUNTIME, Containers
+from harness.cri import Cri, node_namespace
 from harness.daemon import Containerd, ContainerdInstall, containerd_installs, private_containerd
 from harness.events import EventWatcher
 from harness.leaks import Census, assert_nothing_left, take_census
@@ -64,6 +66,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "install", installs, ids=[install.label for install in installs], scope="session"
         )
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Path]:
+    """The network namespace that stands for the node's."""
+    with node_namespace(CRICTL) as node:
+        yield node
+
+
+@pytest.fixture
+def cri(daemon: Containerd) -> Cri:
+    """The Kubernetes part of a daemon that has one."""
+    return Cri(daemon, crictl=CRICTL, image=IMAGE_NAME)
 
 
 @pytest.fixture(scope="session")

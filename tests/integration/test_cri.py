@@ -17,7 +17,7 @@ import pytest
 from busybox_image import IMAGE_NAME, PAUSE_NAME
 from go_build import CRICTL
 from harness.containers import KATA_RUNTIME
-from harness.cri import GATEWAY, Cri, cri_containerd, node_namespace, pod_cgroup
+from harness.cri import GATEWAY, Cri, cri_containerd, pod_cgroup
 from harness.daemon import Containerd, ContainerdInstall, CriSettings
 from harness.deadline import wait_until
 from harness.leaks import find_processes
@@ -26,13 +26,6 @@ from harness.pods import Namespace
 BUILD = Path(__file__).resolve().parents[2] / "build"
 _FOREVER = ("sleep", "100000")
 _PODS_TIMEOUT_S = 240
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Path]:
-    """The network namespace that stands for the node's."""
-    with node_namespace(CRICTL) as node:
-        yield node
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +46,6 @@ def containerd(
     ) as daemon:
         Cri(daemon, crictl=CRICTL, image=IMAGE_NAME).wait_for_images(IMAGE_NAME, PAUSE_NAME)
         yield daemon
-
-
-@pytest.fixture
-def cri(daemon: Containerd) -> Cri:
-    return Cri(daemon, crictl=CRICTL, image=IMAGE_NAME)
 
 
 def test_a_pod_has_its_name_servers_and_addresses(cri: Cri) -> None:

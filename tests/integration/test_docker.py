@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from busybox_image import IMAGE_NAME
-from go_build import CRICTL
 from harness.containers import Containers
-from harness.cri import GATEWAY, SUBNET, node_namespace, write_network
+from harness.cri import GATEWAY, SUBNET, write_network
 from harness.daemon import Containerd, ContainerdInstall, private_containerd
 
 pytestmark = pytest.mark.newest
@@ -30,13 +29,6 @@ _PLACES = """
     cp -r "$0" /etc/cni/net.d
     exec "$@"
 """
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Path]:
-    """The network namespace that stands for the node's."""
-    with node_namespace(CRICTL) as node:
-        yield node
 
 
 @pytest.fixture(scope="module")

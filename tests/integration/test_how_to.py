@@ -12,7 +12,7 @@ import pytest
 from busybox_image import IMAGE_NAME, PAUSE_NAME
 from go_build import CRICTL
 from harness.containers import KATA_RUNTIME
-from harness.cri import Cri, cri_containerd, node_namespace
+from harness.cri import Cri, cri_containerd
 from harness.daemon import Containerd, ContainerdInstall, CriSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,13 +48,6 @@ def steps(page: Path) -> list[Step]:
         re.MULTILINE | re.DOTALL,
     )
     return [Step(script=each[1], expected=tuple((each[2] or "").splitlines())) for each in found]
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Path]:
-    """The network namespace that stands for the node's."""
-    with node_namespace(CRICTL) as node:
-        yield node
 
 
 @pytest.fixture(scope="module")

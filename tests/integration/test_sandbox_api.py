@@ -8,7 +8,7 @@ import pytest
 from busybox_image import IMAGE_NAME, PAUSE_NAME
 from go_build import CRICTL
 from harness.containers import KATA_RUNTIME
-from harness.cri import GATEWAY, Cri, cri_containerd, node_namespace
+from harness.cri import GATEWAY, Cri, cri_containerd
 from harness.daemon import Containerd, ContainerdInstall, CriSettings
 from harness.deadline import wait_until
 from harness.leaks import find_processes
@@ -17,13 +17,6 @@ BUILD = Path(__file__).resolve().parents[2] / "build"
 _FOREVER = ("sleep", "100000")
 
 pytestmark = pytest.mark.containerd(since=2)
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[Path]:
-    """The network namespace that stands for the node's."""
-    with node_namespace(CRICTL) as node:
-        yield node
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +45,6 @@ def containerd(
     ) as daemon:
         Cri(daemon, crictl=CRICTL, image=IMAGE_NAME).wait_for_images(IMAGE_NAME, PAUSE_NAME)
         yield daemon
-
-
-@pytest.fixture
-def cri(daemon: Containerd) -> Cri:
-    return Cri(daemon, crictl=CRICTL, image=IMAGE_NAME)
 
 
 def test_a_pod_is_a_machine_without_a_pause_container(cri: Cri) -> None:
